@@ -1,0 +1,23 @@
+"""Scores, target shapes, selection, surgery, and the proof that the surgery is right."""
+
+from .callback import ExpressiveScoreCallback
+from .scores import ExpressiveScores
+from .scoring import score
+from .selection import Kept, select
+from .shapes import StudentShape
+from .solver import solve_shape
+from .surgery import cut
+from .verification import VerificationReport, verify
+
+__all__ = [
+    "ExpressiveScoreCallback",
+    "ExpressiveScores",
+    "Kept",
+    "StudentShape",
+    "VerificationReport",
+    "cut",
+    "score",
+    "select",
+    "solve_shape",
+    "verify",
+]
