@@ -1,0 +1,93 @@
+"""The objective, the obvious way: dense logits, float32 softmax, one mask and one denominator for every term.
+
+For the valid target positions V (labels ≠ -100 after the shift) of a whole optimizer step on all ranks:
+
+    loss = (1/|V|) Σ_{t ∈ V} [ (1-α)·CE_t + α·τ²·D_t ],      D_t = KL(p_T ‖ p_S) at temperature τ
+
+D is a true divergence (the teacher's entropy is subtracted), hence 0 for teacher = student. τ² keeps the scale of its
+gradient when τ changes (Hinton et al., arXiv 1503.02531, §2). `fused` computes the same without holding all logits.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..errors import ConfigError
+
+IGNORE_INDEX = -100
+DIVERGENCES = ("forward_kl",)
+# What is measured at every valid position; metrics carry the sums over positions, under these names.
+STATISTICS = ("ce", "kl", "teacher_entropy", "agreement")
+
+
+def check_objective(alpha: float, temperature: float, divergence: str) -> None:
+    """Raises `ConfigError` if an option of the objective has no meaning."""
+    if not 0.0 <= alpha <= 1.0:
+        raise ConfigError("alpha weighs the divergence against the cross-entropy", found=alpha, fix="Choose 0 ≤ alpha ≤ 1.")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ConfigError("The temperature must be positive and finite", found=temperature)
+    if divergence not in DIVERGENCES:
+        raise ConfigError("Unknown divergence", found=divergence, fix=f"Choose one of: {', '.join(DIVERGENCES)}.")
+
+
+def distillation_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor | None,
+    labels: torch.Tensor,
+    *,
+    alpha: float = 0.5,
+    temperature: float = 1.0,
+    divergence: str = "forward_kl",
+    num_items: torch.Tensor | int | None = None,
+    vocab_size: int | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The objective from dense logits: the reference for `fused_distillation_loss`.
+
+    Args:
+        student_logits: [tokens, V_s].
+        teacher_logits: [tokens, V_t], or None with `alpha=0` for cross-entropy alone.
+        labels: [tokens] int64, already shifted, -100 ignored.
+        alpha: Weight of the divergence; the cross-entropy weighs 1 - alpha.
+        temperature: τ, of both distributions in the divergence. The cross-entropy has no temperature.
+        divergence: `"forward_kl"`.
+        num_items: Valid tokens of the whole optimizer step, |V|; those of this call if None.
+        vocab_size: Real vocabulary; logits beyond it are ignored in both terms. The smaller of V_s and V_t if None.
+
+    Returns:
+        The loss (nats, scalar, float32 or better), and sums over this call's valid tokens, without gradients: `ce`, `kl`
+        (the divergence at τ, without τ²), `teacher_entropy` (at τ), `agreement` (equal top-1), and `num_tokens`.
+
+    Raises:
+        ConfigError: An option without meaning.
+    """
+    check_objective(alpha, temperature, divergence)
+    vocab_size = vocab_size or min(logits.shape[-1] for logits in (student_logits, teacher_logits) if logits is not None)
+    valid = labels != IGNORE_INDEX
+    student = _upcast(student_logits[valid][:, :vocab_size])  # [valid, V]
+    log_student = student.log_softmax(-1)
+    terms = {"ce": -log_student.gather(-1, labels[valid, None]).squeeze(-1)}  # each [valid]
+    token_loss = (1 - alpha) * terms["ce"]
+    if teacher_logits is not None:
+        teacher = _upcast(teacher_logits.detach()[valid][:, :vocab_size])
+        log_teacher = (teacher / temperature).log_softmax(-1)
+        probabilities = log_teacher.exp()
+        terms["kl"] = (probabilities * (log_teacher - (student / temperature).log_softmax(-1))).sum(-1)
+        terms["teacher_entropy"] = -(probabilities * log_teacher).sum(-1)
+        terms["agreement"] = (student.argmax(-1) == teacher.argmax(-1)).to(student.dtype)
+        token_loss = token_loss + alpha * temperature**2 * terms["kl"]
+    metrics = {name: values.detach().sum() for name, values in terms.items()}
+    metrics["num_tokens"] = valid.sum()
+    # With no valid token the sum is an empty one: zero, and still attached to the graph.
+    return token_loss.sum() / _denominator(num_items, valid), metrics
+
+
+def _upcast(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _denominator(num_items: torch.Tensor | int | None, valid: torch.Tensor) -> torch.Tensor:
+    """|V| as a tensor on the device; 1 where there is nothing to divide."""
+    count = valid.sum() if num_items is None else torch.as_tensor(num_items, device=valid.device)
+    return count.clamp(min=1)
