@@ -3,8 +3,8 @@
     python examples/pretrain_teacher.py --output_dir examples/demo_teacher
 
 The corpus is the source of the Python standard library of the running interpreter (without tests, one file in 20 held
-out), or whatever `--dataset` names. The folder gets the model in bfloat16, the tokenizer, and `training_log.jsonl` with
-the command, the machine, and every logged loss. About an hour on 2 CPU cores.
+out), or whatever `--dataset` names. The folder gets the model in bfloat16, the tokenizer, and `training_log.jsonl`
+with the command, the machine, and every logged loss. About an hour on 2 CPU cores.
 """
 
 from __future__ import annotations
@@ -32,11 +32,15 @@ END_OF_TEXT = "<|endoftext|>"
 class TeacherArguments:
     """The corpus and the size of the teacher."""
 
-    dataset: str | None = field(default=None, metadata={"help": "Corpus: file, glob or Hub id; the standard library if not given."})
+    dataset: str | None = field(
+        default=None, metadata={"help": "Corpus: file, glob or Hub id; the standard library if not given."}
+    )
     vocab_size: int = field(default=4096, metadata={"help": "Tokens of the byte-level BPE tokenizer."})
     hidden_size: int = field(default=192, metadata={"help": "Width of the residual stream."})
     num_hidden_layers: int = field(default=6, metadata={"help": "Decoder layers."})
-    num_attention_heads: int = field(default=6, metadata={"help": "Query heads, of hidden_size / num_attention_heads each."})
+    num_attention_heads: int = field(
+        default=6, metadata={"help": "Query heads, of hidden_size / num_attention_heads each."}
+    )
     num_key_value_heads: int = field(default=3, metadata={"help": "Key-value heads."})
     intermediate_size: int = field(default=576, metadata={"help": "Neurons of each MLP."})
     block_size: int = field(default=512, metadata={"help": "Tokens per training sequence, and the longest position."})
@@ -117,12 +121,18 @@ def main() -> None:
     record = {
         "command": shlex.join(["python", *sys.argv]),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {training_args.device}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "num_parameters": model.num_parameters(),
         "tokens_per_epoch": len(train_blocks) * args.block_size,
     }
     lines = [record, *trainer.state.log_history]
-    (output_dir / "training_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (output_dir / "training_log.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
-"""The private names of other libraries that we cannot do without, in one place; `tests/test_compat.py` tells when one moves."""
+"""The private names of other libraries that we cannot do without, in one place; `tests/test_compat.py` tells when one
+moves.
+"""
 
 from __future__ import annotations
 
+import torch
 from transformers import PreTrainedConfig
 
 
@@ -13,3 +16,8 @@ def attention_implementation(config: PreTrainedConfig) -> str | None:
 def commit_hash(config: PreTrainedConfig) -> str | None:
     """The Hub commit that a config was loaded from, if any."""
     return getattr(config, "_commit_hash", None)
+
+
+def without_compile(module: torch.nn.Module) -> torch.nn.Module:
+    """The module inside a `torch.compile` wrapper; any other module as it is."""
+    return getattr(module, "_orig_mod", module)

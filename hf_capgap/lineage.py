@@ -59,7 +59,9 @@ def read_stages(folder: str | os.PathLike) -> list[dict[str, Any]]:
         content = json.loads(path.read_text(encoding="utf-8"))
         return list(content["stages"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CapGapError("The lineage file is damaged", found=f"{path.name}: {error!r}", fix="Restore or remove it.") from error
+        raise CapGapError(
+            "The lineage file is damaged", found=f"{path.name}: {error!r}", fix="Restore or remove it."
+        ) from error
 
 
 def write_stages(folder: str | os.PathLike, stages: list[dict[str, Any]]) -> None:

@@ -30,7 +30,9 @@ def parse_arguments(
         ConfigError: A YAML file that is missing, malformed, or names an unknown option.
     """
     parser = HfArgumentParser(list(dataclass_types), description=description, allow_abbrev=False)
-    parser.add_argument(CONFIG_OPTION, metavar="FILE.yaml", help="Options from a YAML file; the command line overrides them.")
+    parser.add_argument(
+        CONFIG_OPTION, metavar="FILE.yaml", help="Options from a YAML file; the command line overrides them."
+    )
     argv = list(sys.argv[1:] if argv is None else argv)
     given, _ = _config_parser().parse_known_args(argv)
     if given.config is not None:
@@ -53,7 +55,9 @@ def _read_options(path: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError("The configuration file is not valid YAML", found=f"{path}: {error}") from error
     if not isinstance(options, dict):
-        raise ConfigError("The configuration file must map options to values", found=f"{path}: {type(options).__name__}")
+        raise ConfigError(
+            "The configuration file must map options to values", found=f"{path}: {type(options).__name__}"
+        )
     return options
 
 

@@ -13,8 +13,9 @@ IGNORE_INDEX = -100
 class BlockCollator:
     """Stack rows of `input_ids` (and optional `labels`) into a batch.
 
-    Labels default to the inputs; the model shifts them. Rows of equal length (packed blocks) get no attention mask, which
-    keeps the fast causal attention paths; shorter rows are padded on the right, masked, and ignored in the labels.
+    Labels default to the inputs; the model shifts them. Rows of equal length (packed blocks) get no attention mask,
+    which keeps the fast causal attention paths; shorter rows are padded on the right, masked, and ignored in the
+    labels.
 
     Args:
         pad_token_id: Fills shorter rows. Any id does, since padding is masked and ignored.

@@ -16,7 +16,15 @@ from ..errors import DataError
 BUILTIN = "stdlib"
 TEXT_COLUMN = "text"
 
-_LOADERS = {".txt": "text", ".text": "text", ".md": "text", ".py": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_LOADERS = {
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+    ".py": "text",
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+}
 _COMPRESSION = {".xz", ".gz"}
 _STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 _HELD_OUT_ONE_IN = 20
@@ -33,13 +41,14 @@ def load_corpus(
     """Load a corpus of documents as a dataset with the one column `text`.
 
     Args:
-        source: A local file, folder or glob (`.txt`, `.jsonl`, `.json`, `.parquet`, each also as `.xz` or `.gz`), a Hub
-            dataset id (`"org/name"`, or `"org/name:config"`), or None for the built-in corpus: the source of the Python
-            standard library of the running interpreter, without its tests.
+        source: A local file, folder or glob (`.txt`, `.jsonl`, `.json`, `.parquet`, each also as `.xz` or `.gz`), a
+            Hub dataset id (`"org/name"`, or `"org/name:config"`), or None for the built-in corpus: the source of the
+            Python standard library of the running interpreter, without its tests.
         split: Split of a Hub dataset. The built-in corpus has `"train"` and `"held_out"` (one file in 20, chosen by a
             hash of its path, so that a file is on the same side on every machine). Local files have `"train"` only.
         text_column: Where the text is, in jsonl, parquet and Hub datasets.
-        document: What one document is in a text file: the `"file"`, a `"paragraph"` (between blank lines), or a `"line"`.
+        document: What one document is in a text file: the `"file"`, a `"paragraph"` (between blank lines), or a
+            `"line"`.
         streaming: Read on demand and return an `IterableDataset`.
 
     Raises:
@@ -51,7 +60,9 @@ def load_corpus(
     files = _match_files(source)
     if files:
         if split != "train":
-            raise DataError("Local files have one split, 'train'", found=split, fix="Name other files for held-out text.")
+            raise DataError(
+                "Local files have one split, 'train'", found=split, fix="Name other files for held-out text."
+            )
         corpus = _load_files(files, document=document, streaming=streaming)
     else:
         corpus = _load_from_hub(source, split=split, streaming=streaming)

@@ -44,7 +44,9 @@ def pack(
         return IterableDataset.from_generator(_generate_blocks, features=features, gen_kwargs=arguments)
     blocks = Dataset.from_generator(_generate_blocks, features=features, gen_kwargs=arguments)
     if len(blocks) == 0:
-        raise DataError(f"The corpus does not fill one block of {block_size} tokens", fix="Use more text or smaller blocks.")
+        raise DataError(
+            f"The corpus does not fill one block of {block_size} tokens", fix="Use more text or smaller blocks."
+        )
     return blocks
 
 

@@ -1,8 +1,8 @@
 """The objective from hidden states and output heads, in token chunks: no logits of all tokens are ever held.
 
-Gradients are formed in the forward pass, while a chunk's logits are there: four matrix products (student logits, teacher
-logits, ∂hidden, ∂weight) and no recomputation. With q = softmax(student), p = softmax(teacher), both at temperature τ where
-marked, the gradient of one token's loss by the student's logits z is
+Gradients are formed in the forward pass, while a chunk's logits are there: four matrix products (student logits,
+teacher logits, ∂hidden, ∂weight) and no recomputation. With q = softmax(student), p = softmax(teacher), both at
+temperature τ where marked, the gradient of one token's loss by the student's logits z is
 
     ∂loss/∂z = (1-α)·(q - onehot(y)) + α·τ·(q_τ - p_τ)            [times 1 - (z/c)² under a soft-cap c]
 
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .heads import OutputHead
-from .objective import IGNORE_INDEX, STATISTICS, _denominator, check_objective
+from .objective import IGNORE_INDEX, STATISTICS, check_objective, denominator, sum_statistics
 
 _CE, _KL, _ENTROPY, _AGREEMENT = range(len(STATISTICS))
 
@@ -78,10 +78,7 @@ def fused_distillation_loss(
         vocab_size=vocab_size,
         chunk_tokens=chunk_tokens,
     )
-    names = STATISTICS if teacher_hidden is not None else STATISTICS[:1]
-    metrics = dict(zip(names, statistics.sum(-1).unbind(), strict=False))
-    metrics["num_tokens"] = (labels != IGNORE_INDEX).sum()
-    return loss, metrics
+    return loss, sum_statistics(statistics, labels, with_teacher=teacher_hidden is not None)
 
 
 def fused_token_losses(
@@ -114,7 +111,7 @@ def fused_token_losses(
         labels=labels,
         alpha=alpha,
         temperature=temperature,
-        denominator=_denominator(num_items, labels != IGNORE_INDEX),
+        denominator=denominator(num_items, labels),
         vocab_size=vocab_size,
         chunk_tokens=chunk_tokens or default_chunk_tokens(vocab_size, student_hidden.device),
     )
@@ -141,7 +138,9 @@ def blockwise_argmax(values: torch.Tensor, block: int = 64) -> torch.Tensor:
 
 
 def row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`(a * b).sum(-1)` of [n, V]. CPUs do it without writing the products: two rows against two, read off the diagonal."""
+    """`(a * b).sum(-1)` of [n, V]. CPUs do it without writing the products: two rows against two, read off the
+    diagonal.
+    """
     if a.device.type != "cpu" or len(a) % 2:
         return (a * b).sum(-1)
     pairs = torch.bmm(a.unflatten(0, (-1, 2)), b.unflatten(0, (-1, 2)).mT)  # [n / 2, 2, 2]
@@ -212,7 +211,9 @@ class _ChunkedRun:
         self.valid = (problem.labels != IGNORE_INDEX).nonzero().squeeze(-1)  # [valid]
         self.student = _Projection(problem.student.first(problem.vocab_size), hidden.dtype, self.dtype)
         self.teacher = (
-            _Projection(problem.teacher, problem.teacher_hidden.dtype, self.dtype) if problem.teacher is not None else None
+            _Projection(problem.teacher, problem.teacher_hidden.dtype, self.dtype)
+            if problem.teacher is not None
+            else None
         )
         self.statistics = hidden.new_zeros(len(STATISTICS), hidden.shape[0], dtype=self.dtype)
         num_rows = min(problem.chunk_tokens, max(1, len(self.valid)))
@@ -275,7 +276,11 @@ class _ChunkedRun:
         return own - cross - log_z
 
     def _to_gradient(
-        self, softmax: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, teacher_probabilities: torch.Tensor | None
+        self,
+        softmax: torch.Tensor,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        teacher_probabilities: torch.Tensor | None,
     ) -> None:
         """Turn the student's softmax [n, V] into ∂(Σ token losses)/∂(head output), in place."""
         alpha, tau = self.problem.alpha, self.problem.temperature

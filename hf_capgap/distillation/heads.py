@@ -42,7 +42,9 @@ class OutputHead:
 
     def first(self, vocab_size: int) -> OutputHead:
         """The head of the first `vocab_size` tokens, as views."""
-        return replace(self, weight=self.weight[:vocab_size], bias=None if self.bias is None else self.bias[:vocab_size])
+        return replace(
+            self, weight=self.weight[:vocab_size], bias=None if self.bias is None else self.bias[:vocab_size]
+        )
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[.., H] -> [.., V], all at once."""
@@ -68,4 +70,6 @@ def head_matches(model: PreTrainedModel) -> bool:
     finally:
         model.train(training)
     tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2
-    return expected.shape == found.shape and bool((expected - found).abs().max() <= tolerance * (1 + expected.abs().max()))
+    return expected.shape == found.shape and bool(
+        (expected - found).abs().max() <= tolerance * (1 + expected.abs().max())
+    )

@@ -25,7 +25,9 @@ STATISTICS = ("ce", "kl", "teacher_entropy", "agreement")
 def check_objective(alpha: float, temperature: float, divergence: str) -> None:
     """Raises `ConfigError` if an option of the objective has no meaning."""
     if not 0.0 <= alpha <= 1.0:
-        raise ConfigError("alpha weighs the divergence against the cross-entropy", found=alpha, fix="Choose 0 ≤ alpha ≤ 1.")
+        raise ConfigError(
+            "alpha weighs the divergence against the cross-entropy", found=alpha, fix="Choose 0 ≤ alpha ≤ 1."
+        )
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ConfigError("The temperature must be positive and finite", found=temperature)
     if divergence not in DIVERGENCES:
@@ -56,38 +58,78 @@ def distillation_loss(
         vocab_size: Real vocabulary; logits beyond it are ignored in both terms. The smaller of V_s and V_t if None.
 
     Returns:
-        The loss (nats, scalar, float32 or better), and sums over this call's valid tokens, without gradients: `ce`, `kl`
-        (the divergence at τ, without τ²), `teacher_entropy` (at τ), `agreement` (equal top-1), and `num_tokens`.
+        The loss (nats, scalar, float32 or better), and sums over this call's valid tokens, without gradients: `ce`,
+        `kl` (the divergence at τ, without τ²), `teacher_entropy` (at τ), `agreement` (equal top-1), and `num_tokens`.
 
     Raises:
         ConfigError: An option without meaning.
     """
+    loss, statistics = token_losses(
+        student_logits,
+        teacher_logits,
+        labels,
+        alpha=alpha,
+        temperature=temperature,
+        divergence=divergence,
+        num_items=num_items,
+        vocab_size=vocab_size,
+    )
+    return loss, sum_statistics(statistics, labels, with_teacher=teacher_logits is not None)
+
+
+def token_losses(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor | None,
+    labels: torch.Tensor,
+    *,
+    alpha: float,
+    temperature: float,
+    divergence: str,
+    num_items: torch.Tensor | int | None = None,
+    vocab_size: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`distillation_loss`, but with the statistics of each token instead of their sums.
+
+    Returns:
+        The loss, and [len(STATISTICS), tokens] without gradient, zero at ignored positions.
+    """
     check_objective(alpha, temperature, divergence)
-    vocab_size = vocab_size or min(logits.shape[-1] for logits in (student_logits, teacher_logits) if logits is not None)
+    vocab_size = vocab_size or min(
+        logits.shape[-1] for logits in (student_logits, teacher_logits) if logits is not None
+    )
     valid = labels != IGNORE_INDEX
     student = _upcast(student_logits[valid][:, :vocab_size])  # [valid, V]
-    log_student = student.log_softmax(-1)
-    terms = {"ce": -log_student.gather(-1, labels[valid, None]).squeeze(-1)}  # each [valid]
-    token_loss = (1 - alpha) * terms["ce"]
+    cross_entropy = -student.log_softmax(-1).gather(-1, labels[valid, None]).squeeze(-1)  # [valid]
+    token_loss = (1 - alpha) * cross_entropy
+    terms = [cross_entropy]
     if teacher_logits is not None:
         teacher = _upcast(teacher_logits.detach()[valid][:, :vocab_size])
         log_teacher = (teacher / temperature).log_softmax(-1)
         probabilities = log_teacher.exp()
-        terms["kl"] = (probabilities * (log_teacher - (student / temperature).log_softmax(-1))).sum(-1)
-        terms["teacher_entropy"] = -(probabilities * log_teacher).sum(-1)
-        terms["agreement"] = (student.argmax(-1) == teacher.argmax(-1)).to(student.dtype)
-        token_loss = token_loss + alpha * temperature**2 * terms["kl"]
-    metrics = {name: values.detach().sum() for name, values in terms.items()}
-    metrics["num_tokens"] = valid.sum()
+        kl = (probabilities * (log_teacher - (student / temperature).log_softmax(-1))).sum(-1)
+        teacher_entropy = -(probabilities * log_teacher).sum(-1)
+        agreement = (student.argmax(-1) == teacher.argmax(-1)).to(student.dtype)
+        token_loss = token_loss + alpha * temperature**2 * kl
+        terms += [kl, teacher_entropy, agreement]
+    statistics = student.new_zeros(len(STATISTICS), len(labels))
+    statistics[: len(terms), valid] = torch.stack(terms).detach()
     # With no valid token the sum is an empty one: zero, and still attached to the graph.
-    return token_loss.sum() / _denominator(num_items, valid), metrics
+    return token_loss.sum() / denominator(num_items, labels), statistics
+
+
+def sum_statistics(statistics: torch.Tensor, labels: torch.Tensor, *, with_teacher: bool) -> dict[str, torch.Tensor]:
+    """The metrics of a loss function, from per-token statistics [len(STATISTICS), tokens]."""
+    names = STATISTICS if with_teacher else STATISTICS[:1]
+    metrics = dict(zip(names, statistics.sum(-1).unbind(), strict=False))
+    metrics["num_tokens"] = (labels != IGNORE_INDEX).sum()
+    return metrics
 
 
 def _upcast(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _denominator(num_items: torch.Tensor | int | None, valid: torch.Tensor) -> torch.Tensor:
-    """|V| as a tensor on the device; 1 where there is nothing to divide."""
-    count = valid.sum() if num_items is None else torch.as_tensor(num_items, device=valid.device)
+def denominator(num_items: torch.Tensor | int | None, labels: torch.Tensor) -> torch.Tensor:
+    """|V| as a tensor on the labels' device; those of `labels` if `num_items` is None, and 1 where there is none."""
+    count = (labels != IGNORE_INDEX).sum() if num_items is None else torch.as_tensor(num_items, device=labels.device)
     return count.clamp(min=1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from math import prod
 
 import torch
@@ -37,7 +37,7 @@ class Dimension:
     segments: tuple[Segment, ...]
 
     @staticmethod
-    @lru_cache(maxsize=None)
+    @cache
     def parse(text: str) -> Dimension:
         """Read `"axis*factor*… + axis*factor*…"`."""
         parts = [[name.strip() for name in segment.split("*")] for segment in text.split("+")]

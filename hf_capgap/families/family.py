@@ -88,7 +88,10 @@ class Family:
     def _patterns(self) -> list[tuple[re.Pattern[str], tuple[Dimension, ...]]]:
         placeholder = re.escape(LAYER)
         return [
-            (re.compile(re.escape(name).replace(placeholder, r"(?P<layer>\d+)")), tuple(map(Dimension.parse, dimensions)))
+            (
+                re.compile(re.escape(name).replace(placeholder, r"(?P<layer>\d+)")),
+                tuple(map(Dimension.parse, dimensions)),
+            )
             for name, dimensions in self.parameters.items()
         ]
 

@@ -84,7 +84,7 @@ def _explain(name: str, shape: tuple[int, ...], family: Family, sizes: Mapping[s
     expected = tuple(dimension.size(sizes) for dimension in dimensions)
     if shape != expected:
         raise _unsupported(
-            f"The parameter {name} does not have the shape that the {family.model_type} table and the config give, {expected}",
+            f"The parameter {name} does not have the shape {expected} that the {family.model_type} table gives",
             f"shape {shape}",
         )
     return Entry(name, layer, dimensions)

@@ -1,7 +1,7 @@
 """Scores, target shapes, selection, surgery, and the proof that the surgery is right."""
 
 from .callback import ExpressiveScoreCallback
-from .scores import ExpressiveScores
+from .scores import ExpressiveScores, merge_ranks
 from .scoring import score
 from .selection import Kept, select
 from .shapes import StudentShape
@@ -16,6 +16,7 @@ __all__ = [
     "StudentShape",
     "VerificationReport",
     "cut",
+    "merge_ranks",
     "score",
     "select",
     "solve_shape",

@@ -84,7 +84,9 @@ class ScoreAccumulator:
             ScoresError: Nothing was added, or no batch had a valid target.
         """
         if self._num_units == 0:
-            raise ScoresError("No calibration batch had a target to score on", fix="Give data whose labels are not all -100.")
+            raise ScoresError(
+                "No calibration batch had a target to score on", fix="Give data whose labels are not all -100."
+            )
         means = {name: (total / self._num_units).float() for name, total in self._sums.items()}
         return ExpressiveScores(
             **means,

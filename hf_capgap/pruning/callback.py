@@ -13,16 +13,16 @@ from ..errors import ConfigError
 from ..families import audit
 from .accumulator import ScoreAccumulator, check_choices, count_targets
 from .gates import GateRecorder
-from .scores import ExpressiveScores
+from .scores import ExpressiveScores, merge_ranks
 
 
 class ExpressiveScoreCallback(TrainerCallback):
     """Records expressive scores (see `score`) during any `Trainer` run.
 
-    Every micro-batch counts once, under gradient accumulation, gradient checkpointing, mixed precision and DDP; evaluation
-    batches do not count. The gradients that the run computes anyway are rescaled to those of the micro-batch's own mean
-    cross-entropy, whatever the `Trainer` divides or multiplies its loss by. With several ranks, each rank's batches weigh
-    the same and every rank ends with the same scores.
+    Every micro-batch counts once, under gradient accumulation, gradient checkpointing, mixed precision and DDP;
+    evaluation batches do not count. The gradients that the run computes anyway are rescaled to those of the
+    micro-batch's own mean cross-entropy, whatever the `Trainer` divides or multiplies its loss by. With several ranks,
+    each rank's batches weigh the same and every rank ends with the same scores.
 
     Args:
         save_path: Where to write the scores (safetensors) when training ends.
@@ -40,10 +40,17 @@ class ExpressiveScoreCallback(TrainerCallback):
         self._pending: dict[str, Any] | None = None
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: torch.nn.Module, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module,
+        **kwargs: Any,
     ) -> None:
         if args.torch_compile:
-            raise ConfigError("Scores are taken by hooks, which torch_compile may drop", fix="Score without torch_compile.")
+            raise ConfigError(
+                "Scores are taken by hooks, which torch_compile may drop", fix="Score without torch_compile."
+            )
         family = audit(model).family
         self._accumulator = ScoreAccumulator(model.config, unit=self._unit, metric=self._metric)
         self._recorder = GateRecorder(model, family, per_example=self._unit == "example")
@@ -59,11 +66,13 @@ class ExpressiveScoreCallback(TrainerCallback):
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self._finish_micro_batch()
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._recorder.detach()
         for handle in self._handles:
             handle.remove()
-        self.scores = _merge_ranks(self._accumulator.result())
+        self.scores = merge_ranks(self._accumulator.result())
         if self.save_path is not None and state.is_world_process_zero:
             self.scores.save(self.save_path)
 
@@ -89,8 +98,8 @@ class ExpressiveScoreCallback(TrainerCallback):
         if pending is None or pending["loss_gradient"] is None:
             self._recorder.discard()
             warnings.warn(
-                "ExpressiveScoreCallback skipped a micro-batch: the model was not called with `labels`, so that its loss "
-                "is not the next-token cross-entropy that the scores are defined on. Use `score(model, batches)` instead.",
+                "ExpressiveScoreCallback skipped a micro-batch: the model was not called with `labels`, so that its "
+                "loss is not the cross-entropy that the scores are defined on. Use `score(model, batches)` instead.",
                 stacklevel=2,
             )
             return
@@ -98,11 +107,3 @@ class ExpressiveScoreCallback(TrainerCallback):
         num_items = pending["num_items"] if pending["num_items"] is not None else num_targets.sum()
         token_weight = float(pending["loss_gradient"]) / max(1.0, float(num_items))
         self._accumulator.add(self._recorder.take(), num_targets, token_weight, pending["batch"])
-
-
-def _merge_ranks(scores: ExpressiveScores) -> ExpressiveScores:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return scores
-    parts: list[ExpressiveScores | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, scores)
-    return ExpressiveScores.merge(parts)

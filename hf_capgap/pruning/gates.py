@@ -2,8 +2,8 @@
 
 A gate g = 1 multiplied onto an activation a would have the gradient ∂L/∂g = Σ a · ∂L/∂a. So no gate is inserted: an
 identity in the autograd graph keeps the activation and sees the gradient pass. The identity saves through
-`save_for_backward`, hence works under gradient checkpointing (what the checkpoint drops is recomputed), and asks for no
-weight gradient.
+`save_for_backward`, hence works under gradient checkpointing (what the checkpoint drops is recomputed), and asks for
+no weight gradient.
 
 The residual stream x' = x + branch(x) passes its gradient unchanged to the branch's output b, so that
 ∂L/∂x' = ∂L/∂b, and one gate on b covers both sites of a branch: b·∂L/∂b + x'·∂L/∂x' = (2b + x)·∂L/∂b.
@@ -39,9 +39,9 @@ class _Gate(torch.autograd.Function):
 class GateRecorder:
     """Hooks on every site of a model; sums the gates' gradients of all backward passes since the last `take`.
 
-    Sites (the reference implementation's, see `families.Family`): the input of the attention output projection for heads,
-    the input of the down projection for neurons; for hidden the embedding, each branch's output and the residual sum
-    after it: 4·layers + 1 sites with pre-norm layers of two branches.
+    Sites (the reference implementation's, see `families.Family`): the input of the attention output projection for
+    heads, the input of the down projection for neurons; for hidden the embedding, each branch's output and the
+    residual sum after it: 4·layers + 1 sites with pre-norm layers of two branches.
 
     Args:
         model: An audited model.

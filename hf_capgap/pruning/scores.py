@@ -35,8 +35,8 @@ class ExpressiveScores:
         num_units: Batches or examples that the mean is over.
         model_type: `config.model_type` of the scored model.
         model_name: Its Hub id or folder name, for the record.
-        calibration_hash: Hash of the multiset of calibration batches (64 hex digits); it does not depend on their order
-            or on how they were spread over runs and ranks.
+        calibration_hash: Hash of the multiset of calibration batches (64 hex digits); it does not depend on their
+            order or on how they were spread over runs and ranks.
     """
 
     heads: torch.Tensor
@@ -76,7 +76,9 @@ class ExpressiveScores:
                 record = json.loads((file.metadata() or {})["hf_capgap_scores"])
                 scores = cls(**{name: file.get_tensor(name) for name in _TENSORS}, **record)
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ScoresError("Not a scores file, or a damaged one", found=f"{path}: {error!r}", fix="Score again.") from error
+            raise ScoresError(
+                "Not a scores file, or a damaged one", found=f"{path}: {error!r}", fix="Score again."
+            ) from error
         scores.check_finite()
         return scores
 
@@ -93,7 +95,10 @@ class ExpressiveScores:
         for part in parts[1:]:
             for name in ("metric", "unit", "model_type"):
                 if getattr(part, name) != getattr(first, name):
-                    raise ScoresError(f"Scores of different {name}s cannot be merged", found=(getattr(first, name), getattr(part, name)))
+                    raise ScoresError(
+                        f"Scores of different {name}s cannot be merged",
+                        found=(getattr(first, name), getattr(part, name)),
+                    )
             if any(getattr(part, name).shape != getattr(first, name).shape for name in _TENSORS):
                 raise ScoresError("Scores of models of different sizes cannot be merged")
         num_units = sum(part.num_units for part in parts)
@@ -118,3 +123,12 @@ def _unit_norm(scores: torch.Tensor) -> torch.Tensor:
 def combine_hashes(hashes) -> str:
     """The hash of a multiset from the hashes of its members (hex): their sum, which forgets the order."""
     return f"{sum(int(digest, 16) for digest in hashes) % _HASH_MODULUS:064x}"
+
+
+def merge_ranks(scores: ExpressiveScores) -> ExpressiveScores:
+    """The scores of the calibration units of all ranks, on every rank; `scores` itself if there is one rank."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return scores
+    parts: list[ExpressiveScores | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, scores)
+    return ExpressiveScores.merge(parts)

@@ -27,10 +27,10 @@ def score(
 ) -> ExpressiveScores:
     """Expressive scores of every KV group, neuron and hidden dimension of `model` (arXiv 2311.07052).
 
-    The score of a unit is the mean over calibration units of |∂L/∂gate|, with a virtual gate of 1 on the unit and L the
-    mean next-token cross-entropy of the batch (`unit="batch"`, as the reference implementation computes it) or of each
-    sequence (`unit="example"`, which does not depend on the batch size). Batches weigh the same. Weights are frozen
-    meanwhile: no weight gradient is ever allocated; the model is left as it was found.
+    The score of a unit is the mean over calibration units of |∂L/∂gate|, with a virtual gate of 1 on the unit and L
+    the mean next-token cross-entropy of the batch (`unit="batch"`, as the reference implementation computes it) or of
+    each sequence (`unit="example"`, which does not depend on the batch size). Batches weigh the same. Weights are
+    frozen meanwhile: no weight gradient is ever allocated; the model is left as it was found.
 
     Args:
         model: A causal language model of a supported family, on any device and in any floating dtype.

@@ -53,12 +53,18 @@ class Kept:
     def load(cls, folder: str | os.PathLike) -> Kept:
         """Read `kept_indices.json` from a model's folder."""
         content = json.loads((Path(folder) / KEPT_FILE_NAME).read_text(encoding="utf-8"))
-        by_layer = {name: {int(layer): units for layer, units in content[name].items()} for name in ("heads", "neurons")}
+        by_layer = {
+            name: {int(layer): units for layer, units in content[name].items()} for name in ("heads", "neurons")
+        }
         return cls(hidden=content["hidden"], layers=content["layers"], **by_layer)
 
 
 def select(
-    scores: ExpressiveScores, shape: StudentShape, config: PreTrainedConfig, *, layers: str | Sequence[int] = "symmetric"
+    scores: ExpressiveScores,
+    shape: StudentShape,
+    config: PreTrainedConfig,
+    *,
+    layers: str | Sequence[int] = "symmetric",
 ) -> Kept:
     """Keep the best-scored units: heads and neurons ranked inside each layer (local priority), hidden over the model.
 
@@ -94,12 +100,12 @@ def _select_layers(layers: str | Sequence[int], available: int, count: int) -> l
         first = (available - count) // 2
         return list(range(first, first + count))
     if isinstance(layers, str):
-        raise ShapeError("Unknown way to choose layers", found=layers, fix="Use 'symmetric' or a list of layers to keep.")
+        raise ShapeError(
+            "Unknown way to choose layers", found=layers, fix="Use 'symmetric' or a list of layers to keep."
+        )
     chosen = sorted(set(layers))
     if len(chosen) != count or len(layers) != count or not all(0 <= layer < available for layer in chosen):
-        raise ShapeError(
-            f"The layers to keep must be {count} different indices below {available}", found=list(layers)
-        )
+        raise ShapeError(f"The layers to keep must be {count} different indices below {available}", found=list(layers))
     return chosen
 
 

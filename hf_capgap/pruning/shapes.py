@@ -70,8 +70,8 @@ class StudentShape:
         """Check that this shape can be cut out of a teacher with `config`.
 
         Raises:
-            ShapeError: A size that is not positive, larger than the teacher's, or breaks a rule of the family. The message
-                gives the nearest legal shape.
+            ShapeError: A size that is not positive, larger than the teacher's, or breaks a rule of the family. The
+                message gives the nearest legal shape.
         """
         problems = _problems(self, config)
         if problems:
@@ -94,7 +94,9 @@ def _problems(shape: StudentShape, config: PreTrainedConfig) -> list[str]:
     if problems:
         return problems
     if shape.head_dim != teacher.head_dim:
-        problems.append(f"head_dim {shape.head_dim} is not the teacher's {teacher.head_dim}: heads are kept or dropped whole")
+        problems.append(
+            f"head_dim {shape.head_dim} is not the teacher's {teacher.head_dim}: heads are kept or dropped whole"
+        )
     group = teacher.num_attention_heads // teacher.num_key_value_heads
     if shape.num_attention_heads != group * shape.num_key_value_heads:
         problems.append(
@@ -105,7 +107,9 @@ def _problems(shape: StudentShape, config: PreTrainedConfig) -> list[str]:
 
 
 def nearest_legal(shape: StudentShape, config: PreTrainedConfig) -> StudentShape:
-    """The legal shape closest to `shape`: sizes clamped into the teacher, then KV groups and hidden size moved the least."""
+    """The legal shape closest to `shape`: sizes clamped into the teacher, then KV groups and hidden size moved the
+    least.
+    """
     family, teacher = family_for(config), StudentShape.of(config)
     clamped = {name: min(max(1, int(getattr(shape, name))), getattr(teacher, name)) for name in _AXES}
     group = teacher.num_attention_heads // teacher.num_key_value_heads

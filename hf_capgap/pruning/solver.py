@@ -33,7 +33,9 @@ def parse_target(target: str | int, num_teacher_parameters: int) -> int:
     """
     match = _TARGET.fullmatch(str(target))
     if not match:
-        raise ShapeError("Not a target size", found=target, fix='Write "40%", "2.5x", "1.2B", or a number of parameters.')
+        raise ShapeError(
+            "Not a target size", found=target, fix='Write "40%", "2.5x", "1.2B", or a number of parameters.'
+        )
     number, unit = float(match["number"]), match["unit"].lower()
     if number == 0:
         raise ShapeError("The target size is zero", found=target, fix="Ask for something to keep.")
@@ -75,15 +77,15 @@ def solve_shape(
     """The legal shape whose parameter count is nearest to `target`, with a balanced split between the dimensions.
 
     Hidden size, heads and neurons keep about the same fraction of their units, so that a weight matrix keeps that
-    fraction's square: the "square-root" split of the reference implementation (arXiv 2311.07052). Layers are kept unless
-    `num_hidden_layers` says otherwise.
+    fraction's square: the "square-root" split of the reference implementation (arXiv 2311.07052). Layers are kept
+    unless `num_hidden_layers` says otherwise.
 
     Args:
         config: The teacher's config.
         target: See `parse_target`. Counts are of all parameters, embeddings included, tied ones once.
         num_hidden_layers: Layers of the student; the teacher's if None.
-        multiple_of: Hidden size and neurons are multiples of this; if None the largest of 256, 128, … 8 that is at most a
-            sixteenth of the teacher's hidden size, and then 1.
+        multiple_of: Hidden size and neurons are multiples of this; if None the largest of 256, 128, … 8 that is at
+            most a sixteenth of the teacher's hidden size, and then 1.
         tensor_parallel: KV groups and neurons are divisible by so many devices.
 
     Raises:
@@ -92,7 +94,9 @@ def solve_shape(
     teacher = StudentShape.of(config)
     num_teacher_parameters = teacher.num_parameters(config)
     count = parse_target(target, num_teacher_parameters)
-    base = replace(teacher, num_hidden_layers=teacher.num_hidden_layers if num_hidden_layers is None else num_hidden_layers)
+    base = replace(
+        teacher, num_hidden_layers=teacher.num_hidden_layers if num_hidden_layers is None else num_hidden_layers
+    )
     base.check_within(config)
     step = multiple_of if multiple_of is not None else _default_multiple(teacher.hidden_size)
     if step < 1 or tensor_parallel < 1:
@@ -100,7 +104,9 @@ def solve_shape(
     candidates = list(_candidates(config, base, count, step, tensor_parallel))
     if not candidates:
         raise ShapeError(
-            "No legal shape has these multiples", found=f"multiple_of={step}, tensor_parallel={tensor_parallel}", fix="Lower them."
+            "No legal shape has these multiples",
+            found=f"multiple_of={step}, tensor_parallel={tensor_parallel}",
+            fix="Lower them.",
         )
     best = min(candidates, key=lambda candidate: candidate.cost)
     if best.count_error > _FARTHEST:
@@ -108,8 +114,8 @@ def solve_shape(
         raise ShapeError(
             f"No legal shape has about {count:,} parameters",
             found=target,
-            fix=f"The nearest legal one has {nearest.num_parameters:,} ({nearest.num_parameters / num_teacher_parameters:.1%}): "
-            f"{nearest.shape}.",
+            fix=f"The nearest legal one has {nearest.num_parameters:,} "
+            f"({nearest.num_parameters / num_teacher_parameters:.1%}): {nearest.shape}.",
         )
     return best.shape
 
@@ -118,7 +124,9 @@ def _default_multiple(hidden_size: int) -> int:
     return next((step for step in (256, 128, 64, 32, 16, 8) if step <= hidden_size // 16), 1)
 
 
-def _candidates(config: PreTrainedConfig, base: StudentShape, count: int, step: int, parallel: int) -> Iterator[_Candidate]:
+def _candidates(
+    config: PreTrainedConfig, base: StudentShape, count: int, step: int, parallel: int
+) -> Iterator[_Candidate]:
     """Every legal hidden size and number of KV groups, each with the legal neurons nearest to the count."""
     family, inventory = family_for(config), inventory_of(config)
     group = base.num_attention_heads // base.num_key_value_heads

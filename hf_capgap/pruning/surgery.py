@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import re
@@ -31,8 +32,8 @@ def cut(
 ) -> PreTrainedModel:
     """Cut the student of `shape` out of a teacher, keeping the best-scored units.
 
-    Nothing is rescaled and no order changes; what remains are the teacher's own weights. The config follows (head counts,
-    `head_dim`, per-layer lists), ties stay tied, and plain `AutoModelForCausalLM` loads the result.
+    Nothing is rescaled and no order changes; what remains are the teacher's own weights. The config follows (head
+    counts, `head_dim`, per-layer lists), ties stay tied, and plain `AutoModelForCausalLM` loads the result.
 
     Args:
         model: The teacher, or its folder or Hub id. It is not modified.
@@ -68,7 +69,9 @@ def cut(
     return student
 
 
-def student_config(config: PreTrainedConfig, family: Family, shape: StudentShape, kept_layers: list[int]) -> PreTrainedConfig:
+def student_config(
+    config: PreTrainedConfig, family: Family, shape: StudentShape, kept_layers: list[int]
+) -> PreTrainedConfig:
     """The teacher's config with the student's sizes, its per-layer lists sliced to the kept layers."""
     values = copy.deepcopy(config).to_dict()
     for axis, field in family.config_fields.items():
@@ -82,7 +85,9 @@ def student_config(config: PreTrainedConfig, family: Family, shape: StudentShape
 
 def _build_student(model: PreTrainedModel, family: Family, shape: StudentShape, kept: Kept) -> PreTrainedModel:
     config = student_config(model.config, family, shape, kept.layers)
-    student = AutoModelForCausalLM.from_config(config, dtype=model.dtype, attn_implementation=attention_implementation(model.config))
+    student = AutoModelForCausalLM.from_config(
+        config, dtype=model.dtype, attn_implementation=attention_implementation(model.config)
+    )
     teacher_state = model.state_dict()
     student.load_state_dict(
         {
@@ -138,7 +143,5 @@ def _save(student: PreTrainedModel, source: str, output_dir: str | os.PathLike) 
         student.save_pretrained(folder)
         student.kept.save(folder)
         lineage.write_stages(folder, student.lineage)
-        try:
+        with contextlib.suppress(OSError, ValueError, KeyError):  # a teacher without a tokenizer beside it
             AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-        except (OSError, ValueError, KeyError):
-            pass  # a teacher without a tokenizer beside it

@@ -1,7 +1,7 @@
 """The proof of a cut: the teacher with its removed units masked computes what the student computes.
 
-The masked teacher shares no code with the surgery. It runs the whole teacher, with zeros on removed units, removed layers
-skipped, and norms taken over the kept dimensions.
+The masked teacher shares no code with the surgery. It runs the whole teacher, with zeros on removed units, removed
+layers skipped, and norms taken over the kept dimensions.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def verify(
         model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     kept = kept or getattr(student, "kept", None)
     if kept is None:
-        raise VerificationError("The student does not carry its kept indices", fix="Pass kept=, or the student's folder.")
+        raise VerificationError(
+            "The student does not carry its kept indices", fix="Pass kept=, or the student's folder."
+        )
     expected = StudentShape.of(student.config).num_parameters(model.config)
     if student.num_parameters() != expected:
         raise VerificationError(f"The shape says {expected:,} parameters", found=f"{student.num_parameters():,}")
@@ -86,7 +88,9 @@ def verify(
     )
     for name in ("masked_difference", "reloaded_difference"):
         if not getattr(report, name) <= tolerance:  # catches NaN, too
-            raise VerificationError(f"{name} exceeds {tolerance}", found=report, fix="Was the student trained since the cut?")
+            raise VerificationError(
+                f"{name} exceeds {tolerance}", found=report, fix="Was the student trained since the cut?"
+            )
     return report
 
 

@@ -1,0 +1,17 @@
+"""The objective, teachers, and the trainer that brings them together."""
+
+from .config import DistillationConfig
+from .fused import fused_distillation_loss
+from .heads import OutputHead
+from .objective import distillation_loss
+from .teachers import LiveTeacher
+from .trainer import DistillationTrainer
+
+__all__ = [
+    "DistillationConfig",
+    "DistillationTrainer",
+    "LiveTeacher",
+    "OutputHead",
+    "distillation_loss",
+    "fused_distillation_loss",
+]
