@@ -173,15 +173,13 @@ def main() -> None:
         table = format_table(rows, num_parameters)
         seconds = metrics["train_runtime"]
         print(f"\n{table}\n")
-        print(
-            f"{trainer.num_tokens_seen:,} tokens in {seconds:.0f} s: {trainer.num_tokens_seen / seconds:,.0f} tokens per second"
-        )
+        num_tokens = trainer.num_tokens_seen
+        print(f"{num_tokens:,} tokens in {seconds:.0f} s: {num_tokens / seconds:,.0f} tokens per second")
         print(f"loss curve: {draw_loss_curve(trainer.state.log_history, output_dir / 'loss.png')}")
         print(f"sample of the saved student:\n{sample(output_dir / 'student', args.prompt)}\n")
         print(f"student: {output_dir / 'student'} (plain AutoModelForCausalLM loads it)")
         report = {"arguments": asdict(args), "rows": rows, "num_parameters": num_parameters, "train": metrics}
         (output_dir / "report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
-    trainer.accelerator.end_training()
 
 
 def choose_output_dir(given: str | None) -> Path:
@@ -268,3 +266,4 @@ def sample(folder: Path, prompt: str, num_tokens: int = 64) -> str:
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()  # after main: gloo hangs when a DDP model outlives its process group

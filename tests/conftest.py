@@ -81,7 +81,7 @@ def launch_ranks() -> Callable[..., str]:
             cwd=REPOSITORY,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=120,
         )
         assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-8000:]
         return result.stdout

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -14,6 +17,22 @@ from transformers import HfArgumentParser
 from ..errors import ConfigError
 
 CONFIG_OPTION = "--config"
+_BOOL = "tag:yaml.org,2002:bool"
+_FLOAT = "tag:yaml.org,2002:float"
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads plain scalars as YAML 1.2 does: `no` is a string (`save_strategy: no`), and `1e-4` is a number."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile("(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    _FLOAT, re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
 
 
 def parse_arguments(
@@ -27,17 +46,25 @@ def parse_arguments(
         description: What `--help` says first.
 
     Raises:
-        ConfigError: A YAML file that is missing, malformed, or names an unknown option.
+        ConfigError: A YAML file that is missing or malformed, an unknown option in it or on the command line, or a
+            null, list or mapping for an option that takes none.
     """
     parser = HfArgumentParser(list(dataclass_types), description=description, allow_abbrev=False)
     parser.add_argument(
         CONFIG_OPTION, metavar="FILE.yaml", help="Options from a YAML file; the command line overrides them."
     )
+    kinds = _option_kinds(dataclass_types)
     argv = list(sys.argv[1:] if argv is None else argv)
     given, _ = _config_parser().parse_known_args(argv)
     if given.config is not None:
-        argv = [*_as_arguments(_read_options(given.config), parser, given.config), *argv]
-    *instances, _ = parser.parse_args_into_dataclasses(args=argv)
+        argv = [*_apply(_read_options(given.config), kinds, parser, given.config), *argv]
+    *instances, _, unknown = parser.parse_args_into_dataclasses(
+        args=argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise ConfigError(
+            "Unknown option on the command line", found=unknown[0], fix=_suggest(unknown[0].lstrip("-"), kinds)
+        )
     return tuple(instances)
 
 
@@ -47,12 +74,25 @@ def _config_parser() -> HfArgumentParser:
     return parser
 
 
+def _option_kinds(dataclass_types: Sequence[type]) -> dict[str, set[Any]]:
+    """Name of each option -> the types that its annotation allows, without their parameters."""
+    kinds = {}
+    for dataclass_type in dataclass_types:
+        hints = get_type_hints(dataclass_type)
+        for field in dataclasses.fields(dataclass_type):
+            hint = hints[field.name]
+            members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+            if field.init:
+                kinds[field.name] = {get_origin(member) or member for member in members}
+    return kinds
+
+
 def _read_options(path: str) -> dict[str, Any]:
     try:
-        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        options = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise ConfigError("The configuration file cannot be read", found=f"{path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError("The configuration file is not valid YAML", found=f"{path}: {error}") from error
     if not isinstance(options, dict):
         raise ConfigError(
@@ -61,18 +101,29 @@ def _read_options(path: str) -> dict[str, Any]:
     return options
 
 
-def _as_arguments(options: dict[str, Any], parser: HfArgumentParser, path: str) -> list[str]:
-    """The options as command-line arguments, so that both sources are typed and checked by the same parser."""
-    known = {action.dest for action in parser._actions} - {"help", "config"}
+def _apply(options: dict[str, Any], kinds: dict[str, set[Any]], parser: HfArgumentParser, path: str) -> list[str]:
+    """The options as command-line arguments, so that both sources are typed and checked by the same parser.
+
+    What a command line cannot say (null, a mapping, some lists) becomes the parser's default instead.
+    """
     arguments = []
     for name, value in options.items():
-        if name not in known:
-            near = get_close_matches(str(name), known, n=1)
-            raise ConfigError(
-                f"Unknown option in {path}", found=name, fix=f"Did you mean '{near[0]}'?" if near else "See --help."
-            )
-        if value is None:
+        if name not in kinds:
+            raise ConfigError(f"Unknown option in {path}", found=name, fix=_suggest(str(name), kinds))
+        if value is not None and not isinstance(value, (dict, list)):
+            arguments.append(f"--{name}={value}")
             continue
-        values = value if isinstance(value, list) else [value]
-        arguments += [f"--{name}", *(yaml.safe_dump(v).strip() if isinstance(v, dict) else str(v) for v in values)]
+        if type(value) not in kinds[name]:
+            shown = "null" if value is None else value
+            raise ConfigError(f"An option in {path} takes no {type(value).__name__}", found=f"{name}: {shown}")
+        items = [str(item) for item in value] if isinstance(value, list) else []
+        if items and str not in kinds[name] and not any(item.startswith("-") for item in items):
+            arguments += [f"--{name}", *items]
+        else:
+            parser.set_defaults(**{name: value})
     return arguments
+
+
+def _suggest(name: str, known: Collection[str]) -> str:
+    near = get_close_matches(name.partition("=")[0].replace("-", "_"), known, n=1)
+    return f"Did you mean '{near[0]}'?" if near else "See --help."

@@ -6,10 +6,11 @@ import glob
 import hashlib
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset, load_dataset
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from ..errors import DataError
 
@@ -26,6 +27,7 @@ _LOADERS = {
     ".parquet": "parquet",
 }
 _COMPRESSION = {".xz", ".gz"}
+_SUPPORTED = f"Supported: {', '.join(sorted(_LOADERS))}, all but .parquet also with .xz or .gz."
 _STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 _HELD_OUT_ONE_IN = 20
 
@@ -41,9 +43,10 @@ def load_corpus(
     """Load a corpus of documents as a dataset with the one column `text`.
 
     Args:
-        source: A local file, folder or glob (`.txt`, `.jsonl`, `.json`, `.parquet`, each also as `.xz` or `.gz`), a
-            Hub dataset id (`"org/name"`, or `"org/name:config"`), or None for the built-in corpus: the source of the
-            Python standard library of the running interpreter, without its tests.
+        source: A local file, folder or glob (`.txt`, `.jsonl`, `.json`, each also as `.xz` or `.gz`, or `.parquet`,
+            which is compressed inside), a Hub dataset id (`"org/name"`, or `"org/name:config"`), or None for the
+            built-in corpus: the source of the Python standard library of the running interpreter, without its tests.
+            Text files are UTF-8; all line ends are read as newlines.
         split: Split of a Hub dataset. The built-in corpus has `"train"` and `"held_out"` (one file in 20, chosen by a
             hash of its path, so that a file is on the same side on every machine). Local files have `"train"` only.
         text_column: Where the text is, in jsonl, parquet and Hub datasets.
@@ -52,21 +55,33 @@ def load_corpus(
         streaming: Read on demand and return an `IterableDataset`.
 
     Raises:
-        DataError: Nothing matches, mixed or unknown file kinds, a missing column or split, or no document at all.
+        DataError: Nothing matches, mixed or unknown file kinds, a file that cannot be read, a missing column or
+            split, a column that is not text, or no document with any text.
     """
     if source is None or source == BUILTIN:
         corpus = _load_stdlib(split)
         return corpus.to_iterable_dataset() if streaming else corpus
     files = _match_files(source)
-    if files:
-        if split != "train":
-            raise DataError(
-                "Local files have one split, 'train'", found=split, fix="Name other files for held-out text."
-            )
-        corpus = _load_files(files, document=document, streaming=streaming)
-    else:
-        corpus = _load_from_hub(source, split=split, streaming=streaming)
-    return _text_only(corpus, text_column, source)
+    if files and split != "train":
+        raise DataError("Local files have one split, 'train'", found=split, fix="Name other files for held-out text.")
+    try:
+        if files:
+            corpus = _load_files(files, document=document, streaming=streaming)
+        else:
+            corpus = _load_from_hub(source, split=split, streaming=streaming)
+        return _text_only(corpus, text_column, source)
+    except DataError:
+        raise
+    except StopIteration as error:  # the JSON loader on empty files
+        raise DataError("The corpus has no documents", found=source) from error
+    except (DatasetsError, OSError, RuntimeError, ValueError) as error:
+        reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        if files:
+            cause, fix = "The files are empty or damaged", "Check the files."
+        else:
+            cause = "The corpus is neither a local file nor a Hub dataset that loads"
+            fix = "Check the path, the id, the split and the network."
+        raise DataError(f"{cause}: {type(reason).__name__}: {reason}", found=source, fix=fix) from error
 
 
 def _load_stdlib(split: str) -> Dataset:
@@ -105,7 +120,10 @@ def _is_held_out(path: str) -> bool:
 def _match_files(source: str) -> list[str]:
     path = Path(source)
     if path.is_dir():
-        return sorted(str(file) for file in path.rglob("*") if file.is_file() and _kind(file.name) is not None)
+        files = sorted(str(file) for file in path.rglob("*") if file.is_file() and _kind(file.name) is not None)
+        if not files:
+            raise DataError("The folder holds no file of a known kind", found=source, fix=_SUPPORTED)
+        return files
     if path.is_file():
         return [source]
     return sorted(name for name in glob.glob(source, recursive=True) if Path(name).is_file())
@@ -122,42 +140,48 @@ def _load_files(files: list[str], *, document: str, streaming: bool) -> Dataset 
         raise DataError(
             "The files of a corpus must be of one known kind",
             found=sorted({"".join(Path(file).suffixes) for file in files}),
-            fix=f"Supported: {', '.join(sorted(_LOADERS))}, each also with .xz or .gz.",
+            fix=_SUPPORTED,
         )
     kind = kinds.pop()
+    compressed = [file for file in files if Path(file).suffix in _COMPRESSION]
+    if kind == "parquet" and compressed:
+        raise DataError("Compressed parquet files cannot be read", found=compressed[0], fix="Decompress them.")
     options = {}
     if kind == "text":
         units = {"file": "document", "paragraph": "paragraph", "line": "line"}
         if document not in units:
             raise DataError("A document of a text file is one of: file, paragraph, line", found=document)
         options["sample_by"] = units[document]
-    return load_dataset(kind, data_files=files, split="train", streaming=streaming, **options)
+    exact = [glob.escape(file) for file in files]  # load_dataset takes names for patterns
+    return load_dataset(kind, data_files=exact, split="train", streaming=streaming, **options)
 
 
 def _load_from_hub(source: str, *, split: str, streaming: bool) -> Dataset | IterableDataset:
     if any(mark in source for mark in "*?[") or source.startswith(("/", "./", "../", "~")):
         raise DataError("No file matches the corpus", found=source, fix="Check the path or the glob.")
     name, _, config = source.partition(":")
-    try:
-        return load_dataset(name, config or None, split=split, streaming=streaming)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"The corpus is neither a local file nor a Hub dataset that loads: {type(error).__name__}: {error}",
-            found=source,
-            fix="Check the path, the id, the split and the network.",
-        ) from error
+    return load_dataset(name, config or None, split=split, streaming=streaming)
 
 
 def _text_only(corpus: Dataset | IterableDataset, text_column: str, source: str) -> Dataset | IterableDataset:
-    columns = corpus.column_names
-    if columns is None:  # a stream does not know its columns before its first row
-        first = next(iter(corpus), None)
-        columns = list(first) if first else []
-    if not columns or (isinstance(corpus, Dataset) and len(corpus) == 0):
-        raise DataError("The corpus has no documents", found=source)
-    if text_column not in columns:
+    columns = corpus.column_names or list(next(iter(corpus), {}))  # a stream may not know them before its first row
+    if columns and text_column not in columns:
         raise DataError(
             f"The corpus has no column '{text_column}'", found=columns, fix="Name the column that holds the text."
         )
-    corpus = corpus.select_columns([text_column])
+    if columns:
+        corpus = corpus.select_columns([text_column])
+    if not columns or not _has_text(corpus, text_column):
+        raise DataError("The corpus has no documents", found=source)
     return corpus if text_column == TEXT_COLUMN else corpus.rename_column(text_column, TEXT_COLUMN)
+
+
+def _has_text(corpus: Iterable[dict], text_column: str) -> bool:
+    """Whether any document is more than blank; stops at the first that is."""
+    for row in corpus:
+        text = row[text_column]
+        if text is not None and not isinstance(text, str):
+            raise DataError(f"The column '{text_column}' does not hold text", found=type(text).__name__)
+        if text and not text.isspace():
+            return True
+    return False

@@ -7,6 +7,7 @@ from itertools import islice
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
@@ -32,7 +33,8 @@ def pack(
         lazy for an `IterableDataset`.
 
     Raises:
-        DataError: A tokenizer without EOS, a block size below 2, or a corpus too small for one block.
+        DataError: A tokenizer without EOS, a block size below 2, or, once the corpus has been read (which is now for
+            a `Dataset`), a document that is not text, or a corpus too small for one block.
     """
     if tokenizer.eos_token_id is None:
         raise DataError("Packing puts EOS between documents, but the tokenizer has no EOS token", fix="Set eos_token.")
@@ -42,20 +44,35 @@ def pack(
     arguments = {"corpus": corpus, "tokenizer": tokenizer, "block_size": block_size, "text_column": text_column}
     if isinstance(corpus, IterableDataset):
         return IterableDataset.from_generator(_generate_blocks, features=features, gen_kwargs=arguments)
-    blocks = Dataset.from_generator(_generate_blocks, features=features, gen_kwargs=arguments)
-    if len(blocks) == 0:
-        raise DataError(
-            f"The corpus does not fill one block of {block_size} tokens", fix="Use more text or smaller blocks."
-        )
-    return blocks
+    try:
+        return Dataset.from_generator(_generate_blocks, features=features, gen_kwargs=arguments)
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, DataError):
+            raise error.__cause__ from None
+        raise
 
 
 def _generate_blocks(
     corpus: Iterable[dict], tokenizer: PreTrainedTokenizerBase, block_size: int, text_column: str
 ) -> Iterator[dict]:
-    documents = tokenize_documents((row[text_column] for row in corpus), tokenizer)
+    documents = tokenize_documents(_read_texts(corpus, text_column), tokenizer)
+    block = None
     for block in cut_blocks(documents, block_size, tokenizer.eos_token_id):
         yield {"input_ids": block}
+    if block is None:
+        raise DataError(
+            f"The corpus does not fill one block of {block_size} tokens", fix="Use more text or smaller blocks."
+        )
+
+
+def _read_texts(corpus: Iterable[dict], text_column: str) -> Iterator[str]:
+    for number, row in enumerate(corpus):
+        text = row[text_column]
+        if not isinstance(text, str):
+            raise DataError(
+                f"Document {number} of the corpus is not text", found=type(text).__name__, fix="Filter such rows out."
+            )
+        yield text
 
 
 def tokenize_documents(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:

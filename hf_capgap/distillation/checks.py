@@ -40,7 +40,7 @@ def real_vocab_size(
     if tokenizer is None:
         if rows["student"] != rows["teacher"]:
             raise TeacherError(
-                "Student and teacher have vocabularies of different sizes, and no tokenizer tells which rows are padding",
+                "Student and teacher have different vocabulary sizes, and no tokenizer tells which rows are padding",
                 found=rows,
                 fix="Pass processing_class=tokenizer.",
             )

@@ -119,7 +119,7 @@ def fused_token_losses(
 
 
 def default_chunk_tokens(vocab_size: int, device: torch.device) -> int:
-    """Tokens whose logit buffers fill the memory budget of the kind of device, but enough of them for fast products."""
+    """Tokens whose logit buffers fill the memory budget of the device, but enough of them for fast products."""
     budget = _BUFFER_BYTES["cpu" if device.type == "cpu" else "other"]
     return max(_MIN_CHUNK_TOKENS, budget // (_NUM_BUFFERS * vocab_size * 4) // 16 * 16)
 

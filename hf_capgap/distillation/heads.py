@@ -1,4 +1,4 @@
-"""Output heads as data: from the final hidden state to logits, with everything that a model does after its `lm_head`."""
+"""Output heads as data: from the final hidden state to logits, with all that a model does after its `lm_head`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class OutputHead:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> OutputHead:
-        """The head that a causal language model's module and config describe; `matches` tells if that is all it does."""
+        """The head that a causal language model's module and config describe; see `head_matches`."""
         module, config = model.get_output_embeddings(), model.config.get_text_config()
         scale = 1.0
         for name in _SCALES:

@@ -1,4 +1,4 @@
-"""Where the knowledge comes from. A trainer only calls `signal(inputs)`; what comes back says how to compare with it."""
+"""Where the knowledge comes from. A trainer only calls `signal(inputs)`; what it gets back says how to compare."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """The objective of one micro-batch, such that its gradients add up over micro-batches and average over ranks."""
+        """The objective of one micro-batch: its gradients add up over micro-batches and average over ranks."""
         loss, statistics, labels = self._token_losses(model, inputs, num_items_in_batch)
         num_targets = (labels != IGNORE_INDEX).sum()
         self._train_sums.add(statistics.sum((1, 2)), num_targets)
