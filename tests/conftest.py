@@ -8,9 +8,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import logging
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,31 @@ transformers.utils.logging.disable_progress_bar()
 def _seed_and_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+class _DeprecationLog(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(level=logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if "deprecat" in message.lower():
+            self.messages.append(f"{record.pathname}:{record.lineno}: {message}")
+
+
+@pytest.fixture(autouse=True)
+def _no_logged_deprecations() -> Iterator[None]:
+    """Fails a test that makes a library log a deprecation; those that are warnings are errors by pyproject.toml."""
+    log = _DeprecationLog()
+    loggers = [logging.getLogger(name) for name in ("accelerate", "datasets", "transformers")]
+    transformers.utils.logging.warning_once.cache_clear()
+    for logger in loggers:
+        logger.addHandler(log)
+    yield
+    for logger in loggers:
+        logger.removeHandler(log)
+    assert not log.messages, "deprecations were logged:\n" + "\n".join(log.messages)
 
 
 @pytest.fixture(scope="session")

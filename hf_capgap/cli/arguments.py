@@ -114,8 +114,8 @@ def _apply(options: dict[str, Any], kinds: dict[str, set[Any]], parser: HfArgume
             arguments.append(f"--{name}={value}")
             continue
         if type(value) not in kinds[name]:
-            shown = "null" if value is None else value
-            raise ConfigError(f"An option in {path} takes no {type(value).__name__}", found=f"{name}: {shown}")
+            kind = {dict: "mapping", list: "list"}.get(type(value), "null")
+            raise ConfigError(f"The option '{name}' in {path} takes no {kind}", found=value, fix="See --help.")
         items = [str(item) for item in value] if isinstance(value, list) else []
         if items and str not in kinds[name] and not any(item.startswith("-") for item in items):
             arguments += [f"--{name}", *items]

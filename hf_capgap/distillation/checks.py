@@ -113,19 +113,17 @@ def check_labels(labels: torch.Tensor, vocab_size: int) -> None:
 
 
 def check_dataset(dataset: Any, role: str) -> None:
-    """Raises `DataError` if a dataset with a length is empty, or its rows have no `input_ids`."""
+    """Raises `DataError` if a dataset or a stream is empty, or its rows have no `input_ids`."""
     if dataset is None:
         return
     if isinstance(dataset, dict):
         for name, part in dataset.items():
             check_dataset(part, f"{role} {name}")
         return
-    if hasattr(dataset, "__len__") and len(dataset) == 0:
+    first = next(iter(dataset), None)
+    if first is None:
         raise DataError(f"The {role} dataset is empty", fix="Check the corpus and the block size.")
-    columns = getattr(dataset, "column_names", None)
-    if columns and "input_ids" not in columns:
+    if "input_ids" not in first:
         raise DataError(
-            f"The {role} dataset has no column input_ids",
-            found=columns,
-            fix="Tokenise and pack it: hf_capgap.data.pack.",
+            f"The {role} dataset has no input_ids", found=list(first), fix="Tokenise and pack it: hf_capgap.data.pack."
         )

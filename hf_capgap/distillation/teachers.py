@@ -54,11 +54,11 @@ class LiveTeacher:
 
     def __init__(self, model: PreTrainedModel, *, dense: bool = False):
         self.model = model.eval().requires_grad_(False)
-        self.model.config.use_cache = False  # with a cache, packed positions would attend across documents
         self.dense = dense or not head_matches(model)
 
     @torch.no_grad()
     def signal(self, inputs: Mapping[str, torch.Tensor]) -> HiddenSignal | LogitsSignal:
+        inputs = {**inputs, "use_cache": False}  # with a cache, packed positions would attend across documents
         if self.dense:
             return LogitsSignal(self.model(**inputs).logits)
         return HiddenSignal(self.model.base_model(**inputs).last_hidden_state, self._with_head)

@@ -172,7 +172,7 @@ class DistillationTrainer(Trainer):
         labels = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
         needs_teacher = self.teacher is not None and (self.args.alpha > 0 or not model.training)
         with self.accelerator.autocast():
-            signal = self.teacher.signal({**model_inputs, "use_cache": False}) if needs_teacher else None
+            signal = self.teacher.signal(model_inputs) if needs_teacher else None
             student = self.accelerator.unwrap_model(model, keep_torch_compile=False)
             compute = self._fused_losses if self._fused else self._dense_losses
             loss, statistics = run_inside(

@@ -28,8 +28,11 @@ def parse_target(target: str | int, num_teacher_parameters: int) -> int:
         target: `"40%"` of the teacher, `"2.5x"` smaller, `"1.2B"` / `"350M"` / `"800K"` parameters, or a plain count.
         num_teacher_parameters: Parameters of the teacher.
 
+    Returns:
+        The count, at least 1.
+
     Raises:
-        ShapeError: Not such a target, zero, or not smaller than the teacher.
+        ShapeError: Not such a target, or larger than the teacher.
     """
     match = _TARGET.fullmatch(str(target))
     if not match:
@@ -37,12 +40,10 @@ def parse_target(target: str | int, num_teacher_parameters: int) -> int:
             "Not a target size", found=target, fix='Write "40%", "2.5x", "1.2B", or a number of parameters.'
         )
     number, unit = float(match["number"]), match["unit"].lower()
-    if number == 0:
-        raise ShapeError("The target size is zero", found=target, fix="Ask for something to keep.")
     if unit == "%":
         count = num_teacher_parameters * number / 100
     elif unit == "x":
-        count = num_teacher_parameters / number
+        count = num_teacher_parameters / number if number else math.inf
     else:
         count = number * _UNITS[unit]
     if count > num_teacher_parameters:
@@ -51,7 +52,7 @@ def parse_target(target: str | int, num_teacher_parameters: int) -> int:
             found=target,
             fix="The nearest legal target is 100%: a student is cut out of its teacher.",
         )
-    return round(count)
+    return max(1, round(count))
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ def solve_shape(
         config: The teacher's config.
         target: See `parse_target`. Counts are of all parameters, embeddings included, tied ones once.
         num_hidden_layers: Layers of the student; the teacher's if None.
-        multiple_of: Hidden size and neurons are multiples of this; if None the largest of 256, 128, … 8 that is at
-            most a sixteenth of the teacher's hidden size, and then 1.
+        multiple_of: Hidden size and neurons are multiples of this, or the teacher's own; if None the largest of 256,
+            128, … 8 that is at most a sixteenth of the teacher's hidden size, and then 1.
         tensor_parallel: KV groups and neurons are divisible by so many devices.
 
     Raises:
@@ -131,7 +132,7 @@ def _candidates(
     family, inventory = family_for(config), inventory_of(config)
     group = base.num_attention_heads // base.num_key_value_heads
     neuron_step = math.lcm(step, parallel)
-    neuron_choices = _multiples(base.intermediate_size, neuron_step)
+    neuron_choices = [n for n in _multiples(base.intermediate_size, neuron_step) if n % parallel == 0]
     for hidden in _multiples(base.hidden_size, step):
         for num_groups in range(parallel, base.num_key_value_heads + 1, parallel):
             shape = replace(
