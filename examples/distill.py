@@ -12,18 +12,26 @@ With no argument it uses the small teacher beside this script and, as corpus, th
 
 from __future__ import annotations
 
+import copy
 import json
-import shutil
+import sys
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+)
 
 from hf_capgap import (
     CapGapError,
@@ -33,10 +41,10 @@ from hf_capgap import (
     cut,
     load_corpus,
     pack,
+    score,
     solve_shape,
     verify,
 )
-from hf_capgap import score as score_model
 from hf_capgap.cli.arguments import parse_arguments
 from hf_capgap.data import BlockCollator
 from hf_capgap.extras import require
@@ -111,90 +119,87 @@ class TrainingArguments(DistillationConfig):
 
 def main() -> None:
     args, training_args = parse_arguments([ScriptArguments, TrainingArguments], description=__doc__)
-    state = PartialState()
-    output_dir = choose_output_dir(training_args.output_dir)
-    if not training_args.overwrite_output_dir:
-        require_empty(output_dir, fix="Name another --output_dir, or pass --overwrite_output_dir true.")
-    state.wait_for_everyone()
+    output_dir = prepare_output_dir(training_args)
     transformers.set_seed(training_args.seed)
-
     tokenizer = AutoTokenizer.from_pretrained(args.teacher)
     teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=args.teacher_dtype).to(training_args.device)
     with training_args.main_process_first():
         train_blocks, eval_blocks = load_blocks(args, tokenizer)
+    student = make_student(teacher, train_blocks, args, training_args, output_dir)
 
-    # Score, shape, cut.
-    if args.scores is None:
-        scores = score(teacher, train_blocks, args.num_score_batches, training_args, state)
-    else:
-        scores = ExpressiveScores.load(args.scores)
-    shape = solve_shape(teacher.config, args.target, num_hidden_layers=args.num_hidden_layers)
-    student = cut(teacher, scores, shape)
-    if state.is_main_process:
-        prepare(output_dir)
-        scores.save(output_dir / "scores.safetensors")
-        print(f"\ncut {teacher.num_parameters():,} -> {student.num_parameters():,} parameters: {shape}")
-        print(f"proof: {verify(teacher, student)}\n")
-    cut_student = student.to(torch.float32)
-    start = {name: value.clone() for name, value in cut_student.state_dict().items()}
-
-    # Evaluate, distil, evaluate.
-    def run(name: str, alpha: float) -> tuple[DistillationTrainer, dict[str, float]]:
-        cut_student.load_state_dict(start)
-        run_args = replace(training_args, output_dir=str(output_dir / name), alpha=alpha)
-        trainer = make_trainer(cut_student, run_args)
-        return trainer, trainer.train().metrics
-
-    def make_trainer(model: PreTrainedModel, run_args: DistillationConfig) -> DistillationTrainer:
-        return DistillationTrainer(
+    def make_trainer(model: PreTrainedModel, name: str, **options: Any) -> DistillationTrainer:
+        trainer = DistillationTrainer(
             model=model,
             teacher_model=teacher,
-            args=run_args,
+            args=replace(training_args, output_dir=str(output_dir / name), **options),
             train_dataset=train_blocks,
             eval_dataset=eval_blocks,
             processing_class=tokenizer,
         )
+        trainer.remove_callback(PrinterCallback)  # the table in the end says it
+        return trainer
 
-    evaluation_args = replace(training_args, output_dir=str(output_dir), disable_tqdm=True)
-    rows = {
-        "teacher": make_trainer(teacher, evaluation_args).evaluate(),
-        "student, cut": make_trainer(cut_student, evaluation_args).evaluate(),
+    def train(name: str, model: PreTrainedModel, **options: Any) -> tuple[DistillationTrainer, Result]:
+        trainer = make_trainer(model, name, **options)
+        seconds = trainer.train().metrics["train_runtime"]
+        result = Result(model.num_parameters(), trainer.evaluate(), trainer.num_tokens_seen, seconds)
+        trainer.save_model()
+        return trainer, result
+
+    results = {
+        name: Result(model.num_parameters(), make_trainer(model, "student", disable_tqdm=True).evaluate())
+        for name, model in {"teacher": teacher, "student, cut": student}.items()
     }
     if args.baseline:
-        trainer, _ = run("baseline", alpha=0.0)
-        rows["student, cross-entropy alone"] = trainer.evaluate()
-        trainer.save_model()
-    trainer, metrics = run("student", alpha=training_args.alpha)
-    rows["student, distilled"] = trainer.evaluate()
-    trainer.save_model()
-
-    if state.is_main_process:
-        num_parameters = {name: (teacher if name == "teacher" else student).num_parameters() for name in rows}
-        table = format_table(rows, num_parameters)
-        seconds = metrics["train_runtime"]
-        print(f"\n{table}\n")
-        num_tokens = trainer.num_tokens_seen
-        print(f"{num_tokens:,} tokens in {seconds:.0f} s: {num_tokens / seconds:,.0f} tokens per second")
-        print(f"loss curve: {draw_loss_curve(trainer.state.log_history, output_dir / 'loss.png')}")
-        print(f"sample of the saved student:\n{sample(output_dir / 'student', args.prompt)}\n")
-        print(f"student: {output_dir / 'student'} (plain AutoModelForCausalLM loads it)")
-        report = {"arguments": asdict(args), "rows": rows, "num_parameters": num_parameters, "train": metrics}
-        (output_dir / "report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+        _, results["student, cross-entropy alone"] = train("baseline", copy.deepcopy(student), alpha=0.0)
+    trainer, results["student, distilled"] = train("student", student)
+    if trainer.is_world_process_zero():
+        report(results, trainer, args, output_dir)
 
 
-def choose_output_dir(given: str | None) -> Path:
-    """The given folder, or the first free outputs/distill-N; the same on all ranks."""
-    if given is not None:
-        return Path(given)
-    number = next(n for n in range(1, 10**6) if not Path(f"outputs/distill-{n}").exists())
-    [number] = broadcast_object_list([number])
-    return Path(f"outputs/distill-{number}")
+@dataclass
+class Result:
+    """One row of the table: a model, evaluated, and what training it took."""
+
+    num_parameters: int
+    evaluation: dict[str, float]
+    num_tokens: int = 0
+    train_seconds: float = 0.0
 
 
-def prepare(output_dir: Path) -> None:
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("student", "baseline"):
-        shutil.rmtree(output_dir / name, ignore_errors=True)  # left by an overwritten run
+def prepare_output_dir(training_args: TrainingArguments) -> Path:
+    """The given folder if it is free, or the first free outputs/distill-N; the same on all ranks."""
+    [name] = broadcast_object_list([training_args.output_dir or first_free_output_dir()])
+    output_dir = Path(name)
+    if not training_args.overwrite_output_dir:
+        require_empty(output_dir, fix="Name another --output_dir, or pass --overwrite_output_dir true.")
+    PartialState().wait_for_everyone()
+    return output_dir
+
+
+def first_free_output_dir() -> str:
+    return next(name for n in range(1, 10**6) if not Path(name := f"outputs/distill-{n}").exists())
+
+
+def make_student(
+    teacher: PreTrainedModel,
+    blocks: Dataset,
+    args: ScriptArguments,
+    training_args: TrainingArguments,
+    output_dir: Path,
+) -> PreTrainedModel:
+    """Score the teacher, solve for the shape, cut; prove the cut and keep the scores. The student is in float32."""
+    if args.scores is not None:
+        scores = ExpressiveScores.load(args.scores)
+    else:
+        scores = score_on_blocks(teacher, blocks, args.num_score_batches, training_args)
+    shape = solve_shape(teacher.config, args.target, num_hidden_layers=args.num_hidden_layers)
+    student = cut(teacher, scores, shape)
+    if PartialState().is_main_process:
+        scores.save(output_dir / "scores.safetensors")
+        print(f"\ncut {teacher.num_parameters():,} -> {student.num_parameters():,} parameters: {shape}")
+        print(f"proof: {verify(teacher, student)}\n")
+    return student.to(torch.float32)
 
 
 def load_blocks(args: ScriptArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset]:
@@ -208,30 +213,46 @@ def load_blocks(args: ScriptArguments, tokenizer: PreTrainedTokenizerBase) -> tu
         held_out = pack(corpus, tokenizer, args.block_size)
     else:
         held_out, blocks = blocks.take(args.num_eval_blocks), blocks.skip(args.num_eval_blocks)
+    if args.dataset is None:
+        held_out = held_out.shuffle(seed=0)  # blocks from every held-out file, not from the first few
     rows = list(islice(held_out, args.num_eval_blocks))
     return blocks, Dataset.from_list(rows) if rows else Dataset.from_dict({"input_ids": []})
 
 
-def score(
-    teacher: PreTrainedModel, blocks: Dataset, num_batches: int, training_args: DistillationConfig, state: PartialState
+def score_on_blocks(
+    teacher: PreTrainedModel, blocks: Dataset, num_batches: int, training_args: TrainingArguments
 ) -> ExpressiveScores:
-    """Expressive scores from the first blocks, shared out over the ranks."""
-    collate, size = BlockCollator(), training_args.per_device_train_batch_size
+    """Expressive scores from blocks in random order, shared out over the ranks."""
+    state, collate, size = PartialState(), BlockCollator(), training_args.per_device_train_batch_size
     rows = list(islice(blocks.shuffle(seed=training_args.seed), num_batches * size))
     batches = [collate(rows[start : start + size]) for start in range(0, len(rows), size)]
     own = batches[state.process_index :: state.num_processes]
-    return merge_ranks(score_model(teacher, own, progress=state.is_main_process))
+    return merge_ranks(score(teacher, own, progress=state.is_main_process))
 
 
-def format_table(rows: dict[str, dict[str, float]], num_parameters: dict[str, int]) -> str:
+def report(results: dict[str, Result], trainer: DistillationTrainer, args: ScriptArguments, output_dir: Path) -> None:
+    """Print the table, the speed and a sample; write report.json and the loss curve."""
+    final = results["student, distilled"]
+    print(f"\n{format_table(results)}\n")
+    print(
+        f"{final.num_tokens:,} tokens in {final.train_seconds:.0f} s: "
+        f"{final.num_tokens / final.train_seconds:,.0f} tokens per second"
+    )
+    print(f"loss curve: {draw_loss_curve(trainer.state.log_history, output_dir / 'loss.png')}")
+    print(f"sample of the saved student:\n{sample(output_dir / 'student', args.prompt)}\n")
+    print(f"student: {output_dir / 'student'} (plain AutoModelForCausalLM loads it)")
+    content = {"arguments": asdict(args), "results": {name: asdict(result) for name, result in results.items()}}
+    (output_dir / "report.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def format_table(results: dict[str, Result]) -> str:
     """A Markdown table of held-out results."""
-    lines = [
-        "| held out | parameters | cross-entropy | perplexity | agreement with teacher |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for name, metrics in rows.items():
+    header = ["held out", "parameters", "cross-entropy", "perplexity", "agreement with teacher"]
+    lines = [f"| {' | '.join(header)} |", "|---|---:|---:|---:|---:|"]
+    for name, result in results.items():
+        metrics = result.evaluation
         lines.append(
-            f"| {name} | {num_parameters[name]:,} | {metrics['eval_ce']:.3f} | {metrics['eval_perplexity']:.2f} "
+            f"| {name} | {result.num_parameters:,} | {metrics['eval_ce']:.3f} | {metrics['eval_perplexity']:.2f} "
             f"| {metrics['eval_agreement']:.1%} |"
         )
     return "\n".join(lines)
@@ -250,7 +271,8 @@ def draw_loss_curve(history: list[dict[str, float]], path: Path) -> str:
             axes.plot(*zip(*points, strict=True), label=label)
     axes.set(xlabel="tokens", ylabel="nats per token", title="Distillation, training batches", ylim=(0, None))
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     return str(path)
@@ -265,5 +287,8 @@ def sample(folder: Path, prompt: str, num_tokens: int = 64) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except CapGapError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
     PartialState().destroy_process_group()  # after main: gloo hangs when a DDP model outlives its process group

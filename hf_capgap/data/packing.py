@@ -28,6 +28,12 @@ def pack(
     A document that does not fit goes on in the next block; only the last, incomplete block of the whole corpus is left
     out. No other special token is added.
 
+    Args:
+        corpus: Documents, as `load_corpus` returns them.
+        tokenizer: Any tokenizer with an EOS token.
+        block_size: Tokens per block.
+        text_column: Column of `corpus` that holds the text.
+
     Returns:
         A dataset with the column `input_ids` ([block_size] int32 per row): memory-mapped on disk for a `Dataset`,
         lazy for an `IterableDataset`.

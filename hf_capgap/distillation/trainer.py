@@ -108,6 +108,7 @@ class DistillationTrainer(Trainer):
                 if module is not None:
                     module.base_model.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self._labels_checked = False
+        self._num_tokens_unlogged = 0
         self._train_sums, self._eval_sums = StatisticSums(), StatisticSums()
         self._target_guard = TargetGuard(self.accelerator)
         self.add_callback(self._target_guard)
@@ -119,10 +120,9 @@ class DistillationTrainer(Trainer):
 
     @property
     def num_tokens_seen(self) -> int:
-        """Targets trained on, on all ranks, up to the last log; goes on where a resumed run stopped."""
-        return next(
-            (entry["num_tokens_seen"] for entry in reversed(self.state.log_history) if "num_tokens_seen" in entry), 0
-        )
+        """Targets trained on, on all ranks, up to the last log or the end; a resumed run counts on."""
+        logged = (entry["num_tokens_seen"] for entry in reversed(self.state.log_history) if "num_tokens_seen" in entry)
+        return next(logged, 0) + self._num_tokens_unlogged
 
     # ---- the loss ----
 
@@ -293,7 +293,10 @@ class DistillationTrainer(Trainer):
                 self.args.output_dir,
                 fix="Name another one, resume_from_checkpoint=True, or set overwrite_output_dir=True.",
             )
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._num_tokens_unlogged = 0
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._num_tokens_unlogged = int(self._train_sums.pop(self.accelerator).get("num_tokens", 0))
+        return output
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """`Trainer.save_model`, and the lineage beside the student."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..compat import attention_implementation
 from ..errors import VerificationError
 from ..families import Family, audit
 from ..families.family import LAYER
@@ -95,7 +96,14 @@ def verify(
 
 
 def _in_float32(model: PreTrainedModel) -> PreTrainedModel:
-    return model if model.dtype == torch.float32 else copy.deepcopy(model).float()
+    """`model`, or a float32 copy built anew: what cast the model to another dtype has rounded its rotary table, too."""
+    if model.dtype == torch.float32:
+        return model
+    duplicate = AutoModelForCausalLM.from_config(
+        model.config, dtype=torch.float32, attn_implementation=attention_implementation(model.config)
+    )
+    duplicate.load_state_dict(model.state_dict())
+    return duplicate.to(model.device)
 
 
 def _probe(teacher: PreTrainedModel) -> torch.Tensor:
