@@ -52,6 +52,7 @@ from hf_capgap.output import require_empty
 from hf_capgap.pruning import merge_ranks
 
 DEMO_TEACHER = Path(__file__).parent / "demo_teacher"
+AUTO = "auto"
 
 
 @dataclass
@@ -96,10 +97,8 @@ class ScriptArguments:
 class TrainingArguments(DistillationConfig):
     """`DistillationConfig`, with defaults that suit the demo."""
 
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Where everything goes; a new folder below outputs/ if not given."}
-    )
-    max_steps: int = field(default=300, metadata={"help": "Optimizer steps."})
+    output_dir: str = field(default=AUTO, metadata={"help": "Where everything goes; auto: a new folder in outputs/."})
+    max_steps: int = field(default=250, metadata={"help": "Optimizer steps."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Sequences per step and device."})
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "Sequences per evaluation step and device."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate."})
@@ -169,7 +168,8 @@ class Result:
 
 def prepare_output_dir(training_args: TrainingArguments) -> Path:
     """The given folder if it is free, or the first free outputs/distill-N; the same on all ranks."""
-    [name] = broadcast_object_list([training_args.output_dir or first_free_output_dir()])
+    given = training_args.output_dir
+    [name] = broadcast_object_list([first_free_output_dir() if given == AUTO else given])
     output_dir = Path(name)
     if not training_args.overwrite_output_dir:
         require_empty(output_dir, fix="Name another --output_dir, or pass --overwrite_output_dir true.")

@@ -112,13 +112,13 @@ def check_labels(labels: torch.Tensor, vocab_size: int) -> None:
         )
 
 
-def check_dataset(dataset: Any, role: str) -> None:
-    """Raises `DataError` if a dataset or a stream is empty, or its rows have no `input_ids`."""
+def check_dataset(dataset: Any, role: str, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Raises `DataError` if a dataset or stream is empty, or its first row has no `input_ids` or too many."""
     if dataset is None:
         return
     if isinstance(dataset, dict):
         for name, part in dataset.items():
-            check_dataset(part, f"{role} {name}")
+            check_dataset(part, f"{role} {name}", student, teacher)
         return
     first = next(iter(dataset), None)
     if first is None:
@@ -127,3 +127,4 @@ def check_dataset(dataset: Any, role: str) -> None:
         raise DataError(
             f"The {role} dataset has no input_ids", found=list(first), fix="Tokenise and pack it: hf_capgap.data.pack."
         )
+    check_length(len(first["input_ids"]), student, teacher)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel
 
+from .forwarding import run_inside
+
 # Config fields of what models do to their logits: (multiply by it, divide by it).
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 _DIVISORS = ("logits_scaling",)
@@ -66,7 +68,8 @@ def head_matches(model: PreTrainedModel) -> bool:
         with torch.no_grad():
             expected = model(input_ids=input_ids, use_cache=False).logits.float()
             hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-            found = OutputHead.of(model).logits(hidden).float()
+            head = model.get_output_embeddings()
+            found = run_inside(head, head, lambda states: OutputHead.of(model).logits(states).float(), hidden)
     finally:
         model.train(training)
     tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2

@@ -79,9 +79,6 @@ class DistillationTrainer(Trainer):
                 raise ConfigError(
                     f"{name} has no place here", fix="The objective never gives logits or another loss to it."
                 )
-        checks.check_dataset(train_dataset, "training")
-        checks.check_dataset(eval_dataset, "evaluation")
-
         student = causal_model(model)
         teacher_tokenizer = teacher_processing_class or _find_teacher_tokenizer(teacher_model)
         teacher = self._resolve_teacher(teacher_model, args)
@@ -89,6 +86,8 @@ class DistillationTrainer(Trainer):
             checks.check_sizes(student, teacher)
             if processing_class is not None and teacher_tokenizer is not None:
                 checks.check_same_tokenizer(processing_class, teacher_tokenizer)
+        for role, dataset in (("training", train_dataset), ("evaluation", eval_dataset)):
+            checks.check_dataset(dataset, role, student, teacher or student)
         self._vocab_size = checks.real_vocab_size(student, teacher or student, processing_class)
 
         super().__init__(
@@ -100,6 +99,10 @@ class DistillationTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if args.n_gpu > 1:
+            raise ConfigError(
+                "nn.DataParallel is not supported", found=f"{args.n_gpu} GPUs", fix="Start with accelerate launch."
+            )
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the step's tokens for us
         self._fused = args.fused and self._student_head_is_known()
         self._prepare_teacher(teacher)
@@ -157,9 +160,7 @@ class DistillationTrainer(Trainer):
     def _token_losses(
         self, model: torch.nn.Module, inputs: Mapping[str, Any], num_items: torch.Tensor | int | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(loss, statistics [len(STATISTICS), batch, length], labels [batch, length]); position t is about token t +
-        1.
-        """
+        """(loss, statistics [len(STATISTICS), batch, length], labels [batch, length]); t predicts t + 1."""
         model_inputs = {name: inputs[name] for name in _MODEL_INPUTS if inputs.get(name) is not None}
         if "labels" not in inputs:
             raise DataError(

@@ -415,9 +415,15 @@ def test_dataset_that_is_not_tokenised(tmp_path, student, teacher):
 
 def test_sequences_beyond_the_positions(tmp_path, student, teacher):
     rows = Dataset.from_dict({"input_ids": torch.randint(VOCAB, (4, 65)).tolist()})
-    trainer = DistillationTrainer(student, teacher, make_config(tmp_path), train_dataset=rows)
     with pytest.raises(DataError, match="64 positions"):
-        trainer.train()
+        DistillationTrainer(student, teacher, make_config(tmp_path), train_dataset=rows)
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_long_row_among_short_ones(tmp_path, student, teacher):
+    rows = Dataset.from_dict({"input_ids": [[5] * 16] * 7 + [[5] * 65]})
+    with pytest.raises(DataError, match="64 positions"):
+        DistillationTrainer(student, teacher, make_config(tmp_path), train_dataset=rows).train()
 
 
 def test_labels_ignored_for_a_whole_epoch(tmp_path, student, teacher, blocks):
