@@ -47,14 +47,14 @@ class _DeprecationLog(logging.Handler):
 
 
 @pytest.fixture(autouse=True)
-def _no_logged_deprecations() -> Iterator[None]:
+def logged_deprecations() -> Iterator[list[str]]:
     """Fails a test that makes a library log a deprecation; those that are warnings are errors by pyproject.toml."""
     log = _DeprecationLog()
     loggers = [logging.getLogger(name) for name in ("accelerate", "datasets", "transformers")]
     transformers.utils.logging.warning_once.cache_clear()
     for logger in loggers:
         logger.addHandler(log)
-    yield
+    yield log.messages
     for logger in loggers:
         logger.removeHandler(log)
     assert not log.messages, "deprecations were logged:\n" + "\n".join(log.messages)

@@ -202,7 +202,7 @@ def test_json_on_the_command_line_is_the_same_as_a_yaml_mapping(tmp_path: Path) 
         (DistillationConfig, "per-device-train-batch-size", "Did you mean 'per_device_train_batch_size'?"),
         (Options, "zzz", "See --help."),
         (Options, "help", "See --help."),
-        (Options, "config", "."),
+        (Options, "config", "See --help."),
         (Options, "3", "See --help."),
     ],
 )
@@ -216,7 +216,7 @@ def test_an_unknown_yaml_key_is_refused_with_the_nearest(
 
 @pytest.mark.parametrize(
     ("argument", "suggestion"),
-    [("--cuont=2", "Did you mean 'count'?"), ("--temprature", "See --help."), ("stray", "See --help.")],
+    [("--cuont=2", "Did you mean 'count'?"), ("--temprature", "See --help."), ("qqq", "See --help.")],
 )
 def test_an_unknown_argument_is_refused_with_the_nearest(argument: str, suggestion: str) -> None:
     with pytest.raises(ConfigError, match=f"Unknown option on the command line \\(found: {argument}\\)") as caught:

@@ -96,7 +96,7 @@ def verify(
 
 
 def _in_float32(model: PreTrainedModel) -> PreTrainedModel:
-    """`model`, or a float32 copy built anew: what cast the model to another dtype has rounded its rotary table, too."""
+    """`model`, or a float32 copy built anew: casting a model to another dtype rounds its rotary table, too."""
     if model.dtype == torch.float32:
         return model
     duplicate = AutoModelForCausalLM.from_config(

@@ -71,8 +71,14 @@ def test_every_path_gives_the_same_gradient(one_batch, options):
 
 @pytest.mark.parametrize(
     ("batch_size", "accumulation", "options"),
-    [(4, 1, []), (1, 4, []), (2, 2, ["fused=false"])],
-    ids=["4 rows a rank", "4 x 1 row a rank", "dense, 2 x 2 rows a rank"],
+    [
+        (4, 1, []),
+        (1, 4, []),
+        (2, 2, ["fused=false"]),
+        (2, 2, ['sharded=["student"]']),
+        (4, 1, ['sharded=["student", "teacher"]']),
+    ],
+    ids=["DDP 4 rows", "DDP 4 x 1 row", "DDP dense 2 x 2 rows", "FSDP2 2 x 2 rows", "FSDP2 4 rows, teacher sharded"],
 )
 def test_two_ranks_give_the_gradient_of_the_whole_batch(
     one_batch, launch_ranks, tmp_path, batch_size, accumulation, options

@@ -275,6 +275,22 @@ def test_bfloat16_model_scores_are_close_and_float32(make_model):
     assert_same_scores(scores, reference_scores(model, batches), tolerance=0.15)
 
 
+def test_bfloat16_products_are_summed_in_float32(make_model):
+    """Rounding each product, or their sum over thousands of tokens, to eight bits would drown the small scores."""
+    model, batches = make_model().bfloat16(), make_batches()
+    products = []  # float64 activation times gradient of each batch, summed over tokens
+
+    def watch(module: torch.nn.Module, args: tuple) -> None:
+        args[0].register_hook(lambda gradient: products.append((args[0].double() * gradient.double()).sum((0, 1))))
+
+    model.model.layers[2].mlp.down_proj.register_forward_pre_hook(watch)
+    scores = score(model, batches)
+    expected = torch.stack(products).abs().mean(0)
+    torch.testing.assert_close(
+        scores.neurons[2].double(), expected.detach(), rtol=0.0, atol=1e-6 * expected.max().item()
+    )
+
+
 def test_scoring_under_no_grad_still_scores(make_model):
     model, batches = make_model(), make_batches()
     with torch.no_grad():

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, TrainerCallback
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, TrainerCallback
 
 from hf_capgap import DistillationConfig, DistillationTrainer
 
@@ -60,11 +61,27 @@ class GradientRecorder(TrainerCallback):
     ) -> None:
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
-                self.gradients[name] = parameter.grad.detach().clone().contiguous()
+                gradient = parameter.grad.detach()
+                whole = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient  # sharded by FSDP2
+                self.gradients[name] = whole.clone().contiguous()
 
 
-def run_step(batch_size: int, accumulation: int, **options: Any) -> tuple[float, dict[str, torch.Tensor], bool]:
-    """(logged loss, gradients, whether this is rank 0)"""
+def shard(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, sharded over all ranks by FSDP2 as transformers does it."""
+    from transformers.distributed import DistributedConfig
+
+    [folder] = broadcast_object_list([tempfile.mkdtemp()])
+    if PartialState().is_main_process:
+        model.save_pretrained(folder)
+    PartialState().wait_for_everyone()
+    sharding = DistributedConfig(fsdp_size=PartialState().num_processes)
+    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=sharding)
+
+
+def run_step(
+    batch_size: int, accumulation: int, sharded: tuple[str, ...] = (), **options: Any
+) -> tuple[float, dict[str, torch.Tensor], bool]:
+    """(logged loss, gradients, whether this is rank 0); `sharded` names the models to shard with FSDP2."""
     recorder = GradientRecorder()
     args = DistillationConfig(
         output_dir=tempfile.mkdtemp(),
@@ -80,9 +97,12 @@ def run_step(batch_size: int, accumulation: int, **options: Any) -> tuple[float,
         disable_tqdm=True,
         **options,
     )
+    assert args.device.type == "cpu"  # reading it starts the process group
+    models = {"student": build_model(32, seed=1), "teacher": build_model(48, seed=2)}
+    models |= {name: shard(models[name]) for name in sharded}
     trainer = DistillationTrainer(
-        model=build_model(32, seed=1),
-        teacher_model=build_model(48, seed=2),
+        model=models["student"],
+        teacher_model=models["teacher"],
         args=args,
         train_dataset=build_rows(),
         callbacks=[recorder],
