@@ -65,7 +65,7 @@ class ScriptArguments:
     teacher_dtype: str = field(
         default="float32", metadata={"help": "Dtype of the teacher: float32, bfloat16, float16 or auto."}
     )
-    target: str = field(default="40%", metadata={"help": 'Size of the student: "40%", "2.5x" (smaller), "1.2B", ...'})
+    target: str = field(default="40%", metadata={"help": 'Size of the student: "40%%", "2.5x" (smaller), "1.2B", ...'})
     num_hidden_layers: int | None = field(
         default=None, metadata={"help": "Layers of the student; the teacher's if not given."}
     )

@@ -13,11 +13,6 @@ def attention_implementation(config: PreTrainedConfig) -> str | None:
     return getattr(config, "_attn_implementation", None)
 
 
-def commit_hash(config: PreTrainedConfig) -> str | None:
-    """The Hub commit that a config was loaded from, if any."""
-    return getattr(config, "_commit_hash", None)
-
-
 def without_compile(module: torch.nn.Module) -> torch.nn.Module:
     """The module inside a `torch.compile` wrapper; any other module as it is."""
     return getattr(module, "_orig_mod", module)

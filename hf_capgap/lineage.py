@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .compat import commit_hash
+from huggingface_hub import try_to_load_from_cache
+
 from .errors import CapGapError
 
 FILE_NAME = "capgap.json"
@@ -28,6 +29,19 @@ def public_name(name_or_path: str) -> str:
     name = str(name_or_path).rstrip("/\\")
     looks_local = os.path.isabs(name) or name.startswith((".", "~")) or os.path.exists(name)
     return Path(name).name if looks_local else name
+
+
+def hub_commit(
+    name_or_path: str, revision: str | None = None, cache_dir: str | os.PathLike | None = None
+) -> str | None:
+    """The commit of a Hub model that has just been loaded with `revision`; None for a local folder.
+
+    Models do not remember it, so whoever loads one for a lineage keeps it as the model's `hub_commit`.
+    """
+    if os.path.isdir(name_or_path):
+        return None
+    cached = try_to_load_from_cache(str(name_or_path), "config.json", cache_dir=cache_dir, revision=revision)
+    return Path(cached).parent.name if isinstance(cached, str) else None
 
 
 def package_versions() -> dict[str, str]:
@@ -56,9 +70,11 @@ def read_stages(folder: str | os.PathLike) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return list(content["stages"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
+        if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+            raise TypeError("stages must be a list of records")
+        return stages
+    except (ValueError, KeyError, TypeError) as error:
         raise CapGapError(
             "The lineage file is damaged", found=f"{path.name}: {error!r}", fix="Restore or remove it."
         ) from error
@@ -82,10 +98,10 @@ def stages_of(model: Any) -> list[dict[str, Any]]:
 
 
 def describe_model(model: Any) -> dict[str, Any]:
-    """The facts that identify a model: public name, Hub commit if known, type and size."""
+    """The facts that identify a model: public name, Hub commit if we loaded it (see `hub_commit`), type and size."""
     return {
         "name": public_name(model.name_or_path),
-        "revision": commit_hash(model.config),
+        "revision": getattr(model, "hub_commit", None),
         "model_type": model.config.model_type,
         "num_parameters": model.num_parameters(),
     }

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from hf_capgap.compat import attention_implementation, commit_hash, without_compile
+from hf_capgap.compat import attention_implementation, without_compile
 
 pytest_plugins = ["pytester"]
 
@@ -24,30 +23,6 @@ def test_the_attention_that_was_set_is_the_one_that_is_read(
     model = make_model("llama")
     model.set_attn_implementation(implementation)
     assert attention_implementation(model.config) == implementation
-
-
-@pytest.mark.xfail(
-    not hasattr(PreTrainedConfig(), "_commit_hash"),
-    reason="transformers 5.23 no longer keeps the commit on the config, so that a lineage has no revision",
-    strict=True,
-)
-def test_the_hub_commit_of_a_config_is_read(make_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    cached = tmp_path / "models--some-org--some-model"  # as huggingface_hub lays out its cache
-    make_model("llama").config.save_pretrained(cached / "snapshots" / commit)
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text(commit)
-    assert commit_hash(AutoConfig.from_pretrained("some-org/some-model", cache_dir=tmp_path)) == commit
-
-
-def test_a_config_that_is_not_from_the_hub_has_no_commit(
-    make_model: Callable[..., PreTrainedModel], tmp_path: Path
-) -> None:
-    config = make_model("llama").config
-    assert commit_hash(config) is None
-    config.save_pretrained(tmp_path)
-    assert "_commit_hash" not in json.loads((tmp_path / "config.json").read_text())
-    assert commit_hash(AutoConfig.from_pretrained(tmp_path)) is None
 
 
 def test_a_compiled_module_is_unwrapped() -> None:

@@ -115,3 +115,21 @@ def test_a_model_is_described_by_public_facts_alone(
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
     assert "secret" not in json.dumps(description)
+
+
+def test_the_commit_of_a_cached_hub_model_is_found(make_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "models--some-org--some-model"  # as huggingface_hub lays out its cache
+    make_model("llama").config.save_pretrained(cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    assert lineage.hub_commit("some-org/some-model", cache_dir=tmp_path) == commit
+    assert lineage.hub_commit("some-org/some-model", revision="other", cache_dir=tmp_path) is None
+    assert lineage.hub_commit(str(cached)) is None
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b'{"stages": "x"}', b'{"stages": [1]}', b"[]"])
+def test_lineage_that_cannot_be_understood_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "capgap.json").write_bytes(content)
+    with pytest.raises(CapGapError, match="damaged"):
+        lineage.read_stages(tmp_path)

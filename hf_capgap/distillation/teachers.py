@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import TeacherError
+from ..lineage import hub_commit
 from .forwarding import run_inside
 from .heads import OutputHead, head_matches
 
@@ -75,7 +76,10 @@ def load_teacher(name_or_path: str | os.PathLike, init_kwargs: Mapping[str, Any]
         TeacherError: It does not load.
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(name_or_path, **{"dtype": "auto", **(init_kwargs or {})})
+        options = {"dtype": "auto", **(init_kwargs or {})}
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, **options)
+        model.hub_commit = hub_commit(os.fspath(name_or_path), options.get("revision"), options.get("cache_dir"))
+        return model
     except (OSError, ValueError) as error:
         raise TeacherError(
             f"The teacher does not load: {error}", found=name_or_path, fix="Check the path or Hub id, and the network."

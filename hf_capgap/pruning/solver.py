@@ -131,8 +131,7 @@ def _candidates(
     """Every legal hidden size and number of KV groups, each with the legal neurons nearest to the count."""
     family, inventory = family_for(config), inventory_of(config)
     group = base.num_attention_heads // base.num_key_value_heads
-    neuron_step = math.lcm(step, parallel)
-    neuron_choices = [n for n in _multiples(base.intermediate_size, neuron_step) if n % parallel == 0]
+    neuron_choices = [n for n in _multiples(base.intermediate_size, step) if n % parallel == 0]
     for hidden in _multiples(base.hidden_size, step):
         for num_groups in range(parallel, base.num_key_value_heads + 1, parallel):
             shape = replace(

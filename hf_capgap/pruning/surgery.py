@@ -57,6 +57,7 @@ def cut(
     if not isinstance(model, PreTrainedModel):
         source = os.fspath(model)
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+        model.hub_commit = lineage.hub_commit(source)
     family = audit(model).family
     if isinstance(shape, str):
         shape = solve_shape(model.config, shape)

@@ -183,7 +183,6 @@ def _norms(teacher: PreTrainedModel, family: Family, num_layers: int) -> Iterato
 def _norm_over(norm: torch.nn.Module, hidden: torch.Tensor) -> Callable:
     """A forward hook that recomputes the norm over the dimensions `hidden` alone, zeros elsewhere."""
     narrow = copy.deepcopy(norm)
-    narrow._forward_hooks.clear()
     for name, parameter in norm.named_parameters():
         narrow.get_parameter(name).data = parameter.data[hidden]
 
