@@ -47,6 +47,7 @@ from hf_capgap import (
 )
 from hf_capgap.cli.arguments import parse_arguments
 from hf_capgap.data import BlockCollator
+from hf_capgap.distillation import load_teacher
 from hf_capgap.extras import require
 from hf_capgap.output import require_empty
 from hf_capgap.pruning import merge_ranks
@@ -120,8 +121,8 @@ def main() -> None:
     args, training_args = parse_arguments([ScriptArguments, TrainingArguments], description=__doc__)
     output_dir = prepare_output_dir(training_args)
     transformers.set_seed(training_args.seed)
+    teacher = load_teacher(args.teacher, {"dtype": args.teacher_dtype}).to(training_args.device)
     tokenizer = AutoTokenizer.from_pretrained(args.teacher)
-    teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=args.teacher_dtype).to(training_args.device)
     with training_args.main_process_first():
         train_blocks, eval_blocks = load_blocks(args, tokenizer)
     student = make_student(teacher, train_blocks, args, training_args, output_dir)

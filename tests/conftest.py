@@ -27,6 +27,7 @@ REPOSITORY = Path(__file__).parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(1)  # tiny models: a second thread only waits for the first
 
 
 @pytest.fixture(autouse=True)

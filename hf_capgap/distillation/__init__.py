@@ -4,7 +4,7 @@ from .config import DistillationConfig
 from .fused import fused_distillation_loss
 from .heads import OutputHead
 from .objective import distillation_loss
-from .teachers import LiveTeacher
+from .teachers import LiveTeacher, load_teacher
 from .trainer import DistillationTrainer
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "OutputHead",
     "distillation_loss",
     "fused_distillation_loss",
+    "load_teacher",
 ]

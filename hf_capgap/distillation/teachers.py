@@ -80,7 +80,7 @@ def load_teacher(name_or_path: str | os.PathLike, init_kwargs: Mapping[str, Any]
         model = AutoModelForCausalLM.from_pretrained(name_or_path, **options)
         model.hub_commit = hub_commit(os.fspath(name_or_path), options.get("revision"), options.get("cache_dir"))
         return model
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # an unknown path or id, no network, an unknown option or model type
         raise TeacherError(
             f"The teacher does not load: {error}", found=name_or_path, fix="Check the path or Hub id, and the network."
         ) from error

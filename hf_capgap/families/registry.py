@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Any
 
@@ -39,10 +40,21 @@ class Inventory:
     def num_parameters(self, sizes: Mapping[str, int]) -> int:
         """Parameters of a model of this make with other `sizes` of the axes, none wider or deeper than this one."""
         return sum(
-            prod(dimension.size(sizes) for dimension in entry.dimensions)
-            for entry in self.entries
-            if entry.layer is None or entry.layer < sizes["layers"]
+            count * prod(dimension.size(sizes) for dimension in dimensions)
+            for dimensions, count in self._layouts(sizes["layers"]).items()
         )
+
+    def _layouts(self, num_layers: int) -> Counter[tuple[Dimension, ...]]:
+        """How many parameters of each layout the first `num_layers` layers and everything outside them have."""
+        if num_layers not in self._layouts_by_depth:
+            self._layouts_by_depth[num_layers] = Counter(
+                entry.dimensions for entry in self.entries if entry.layer is None or entry.layer < num_layers
+            )
+        return self._layouts_by_depth[num_layers]
+
+    @cached_property
+    def _layouts_by_depth(self) -> dict[int, Counter[tuple[Dimension, ...]]]:
+        return {}  # the solver asks thousands of times
 
 
 def family_for(config: PreTrainedConfig) -> Family:

@@ -38,6 +38,9 @@ class ExpressiveScoreCallback(TrainerCallback):
         self.scores: ExpressiveScores | None = None
         self._unit, self._metric = unit, metric
         self._pending: dict[str, Any] | None = None
+        self._recorder: GateRecorder | None = None
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._warned = False
 
     def on_train_begin(
         self,
@@ -51,6 +54,7 @@ class ExpressiveScoreCallback(TrainerCallback):
             raise ConfigError(
                 "Scores are taken by hooks, which torch_compile may drop", fix="Score without torch_compile."
             )
+        self._detach()  # what a run that crashed has left
         family = audit(model).family
         self._accumulator = ScoreAccumulator(model.config, unit=self._unit, metric=self._metric)
         self._recorder = GateRecorder(model, family, per_example=self._unit == "example")
@@ -69,17 +73,23 @@ class ExpressiveScoreCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._recorder.detach()
-        for handle in self._handles:
-            handle.remove()
+        self._detach()
         self.scores = merge_ranks(self._accumulator.result())
         if self.save_path is not None and state.is_world_process_zero:
             self.scores.save(self.save_path)
 
+    def _detach(self) -> None:
+        if self._recorder is not None:
+            self._recorder.detach()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
     def _start_micro_batch(self, model: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        if torch.is_grad_enabled() and "labels" in kwargs:
+        if torch.is_grad_enabled():
+            inputs = kwargs["input_ids"]
             self._pending = {
-                "batch": {"input_ids": kwargs["input_ids"], "labels": kwargs["labels"]},
+                "batch": {"input_ids": inputs, "labels": kwargs.get("labels", inputs)},
                 "num_items": kwargs.get("num_items_in_batch"),
                 "loss_gradient": None,
             }
@@ -88,22 +98,31 @@ class ExpressiveScoreCallback(TrainerCallback):
         loss = getattr(output, "loss", None)
         if self._pending is not None and loss is not None and loss.requires_grad:
             # Whatever the Trainer multiplies the loss by (accumulation, ranks, loss scaling) arrives here.
-            loss.register_hook(self._pending_loss_gradient)
+            loss.register_hook(self._keep_loss_gradient)
 
-    def _pending_loss_gradient(self, gradient: torch.Tensor) -> None:
+    def _keep_loss_gradient(self, gradient: torch.Tensor) -> None:
         self._pending["loss_gradient"] = gradient
 
     def _finish_micro_batch(self) -> None:
         pending, self._pending = self._pending, None
-        if pending is None or pending["loss_gradient"] is None:
-            self._recorder.discard()
-            warnings.warn(
-                "ExpressiveScoreCallback skipped a micro-batch: the model was not called with `labels`, so that its "
-                "loss is not the cross-entropy that the scores are defined on. Use `score(model, batches)` instead.",
-                stacklevel=2,
-            )
+        if pending is None:
             return
         num_targets = count_targets(pending["batch"]["labels"])
-        num_items = pending["num_items"] if pending["num_items"] is not None else num_targets.sum()
-        token_weight = float(pending["loss_gradient"]) / max(1.0, float(num_items))
+        if pending["loss_gradient"] is None:
+            self._warn_about_foreign_loss()
+            num_targets, token_weight = torch.ones_like(num_targets), 1.0
+            if self._unit == "batch":
+                num_targets = num_targets[:1]
+        else:
+            num_items = pending["num_items"] if pending["num_items"] is not None else num_targets.sum()
+            token_weight = float(pending["loss_gradient"]) / max(1.0, float(num_items))
         self._accumulator.add(self._recorder.take(), num_targets, token_weight, pending["batch"])
+
+    def _warn_about_foreign_loss(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "The Trainer does not minimise the model's own loss: the scores are of its objective, at its scale, "
+                "and not of the next-token cross-entropy. For those use `score(model, batches)`.",
+                stacklevel=2,
+            )

@@ -111,7 +111,7 @@ def nearest_legal(shape: StudentShape, config: PreTrainedConfig) -> StudentShape
     least.
     """
     family, teacher = family_for(config), StudentShape.of(config)
-    clamped = {name: min(max(1, int(getattr(shape, name))), getattr(teacher, name)) for name in _AXES}
+    clamped = {name: _clamp(getattr(shape, name), getattr(teacher, name)) for name in _AXES}
     group = teacher.num_attention_heads // teacher.num_key_value_heads
     wanted = replace(shape, **clamped)
     num_groups = min(max(1, round(clamped["num_attention_heads"] / group)), teacher.num_key_value_heads)
@@ -127,3 +127,7 @@ def nearest_legal(shape: StudentShape, config: PreTrainedConfig) -> StudentShape
         if not family.broken_rules(candidate.sizes()):
             return candidate
     return teacher
+
+
+def _clamp(wanted: object, limit: int) -> int:
+    return min(max(1, int(wanted)), limit) if isinstance(wanted, (int, float)) else limit

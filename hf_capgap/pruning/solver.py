@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -144,7 +145,8 @@ def _candidates(
                 inventory.num_parameters(replace(shape, intermediate_size=n).sizes_within(config)) for n in (1, 2)
             )
             wanted = 1 + (count - at_one) / (at_two - at_one)
-            for neurons in sorted(neuron_choices, key=lambda n: abs(n - wanted))[:2]:
+            above = bisect_left(neuron_choices, wanted)
+            for neurons in neuron_choices[max(0, above - 1) : above + 1]:
                 sized = replace(shape, intermediate_size=neurons)
                 yield _rate(sized, at_one + (neurons - 1) * (at_two - at_one), count, base)
 

@@ -32,7 +32,7 @@ class VerificationReport:
     """What `verify` found; logit differences are maxima over a random batch, in float32.
 
     Attributes:
-        masked_difference: Masked teacher against student.
+        masked_difference: Masked teacher against student; of token embeddings, too.
         reloaded_difference: Student against itself saved and loaded with `AutoModelForCausalLM`.
         num_parameters: Parameters of the student, tied ones once: what its shape says.
     """
@@ -81,9 +81,13 @@ def verify(
         logits = student(input_ids=input_ids, use_cache=False).logits
         with _masked(teacher, kept):
             masked = teacher(input_ids=input_ids, use_cache=False).logits
+        embeddings = teacher.get_input_embeddings().weight[:, kept.hidden]  # the probe does not read every row
         reloaded = _reload(student)(input_ids=input_ids, use_cache=False).logits
     report = VerificationReport(
-        masked_difference=_largest_difference(masked, logits),
+        masked_difference=max(
+            _largest_difference(masked, logits),
+            _largest_difference(embeddings, student.get_input_embeddings().weight),
+        ),
         reloaded_difference=_largest_difference(reloaded, logits),
         num_parameters=expected,
     )

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
-from hf_capgap import ExpressiveScoreCallback, ExpressiveScores, score
-from hf_capgap.errors import ConfigError, ScoresError, UnsupportedModelError
+from hf_capgap import DistillationConfig, DistillationTrainer, ExpressiveScoreCallback, ExpressiveScores, score
+from hf_capgap.errors import ConfigError, UnsupportedModelError
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "score_ranks.py"
 spec = importlib.util.spec_from_file_location("score_ranks", SCRIPT)
@@ -173,16 +173,34 @@ def test_model_that_fails_the_audit_is_refused_before_training(make_model):
     assert trainer.state.global_step == 0
 
 
-def test_a_loss_that_the_model_does_not_compute_is_not_scored(make_model):
-    """Label smoothing takes the labels away from the model: another loss would give other scores, silently."""
-    trainer = score_ranks.make_trainer(
-        make_model(), make_rows(4), ExpressiveScoreCallback(), label_smoothing_factor=0.1
-    )
-    with (
-        pytest.warns(UserWarning, match=r"skipped a micro-batch.*score\(model, batches\)"),
-        pytest.raises(ScoresError),
-    ):
+def test_a_loss_that_the_model_does_not_compute_is_scored_with_a_warning(make_model):
+    """Label smoothing takes the labels away from the model: other scores, but not silently."""
+    callback = ExpressiveScoreCallback()
+    trainer = score_ranks.make_trainer(make_model(), make_rows(4), callback, label_smoothing_factor=0.1)
+    with pytest.warns(UserWarning, match=r"not minimise the model's own loss.*score\(model, batches\)"):
         trainer.train()
+    callback.scores.check_finite()
+
+
+def test_distillation_run_is_scored_on_its_own_objective(make_model, tmp_path):
+    """With alpha = 0 that objective is the batch's mean cross-entropy, whose scores are known."""
+    model, rows, callback = make_model(), make_rows(4), ExpressiveScoreCallback()
+    config = DistillationConfig(
+        output_dir=str(tmp_path),
+        alpha=0.0,
+        use_cpu=True,
+        learning_rate=0.0,
+        per_device_train_batch_size=score_ranks.BATCH_SIZE,
+        train_sampling_strategy="sequential",
+        max_steps=2,
+        report_to=[],
+    )
+    trainer = DistillationTrainer(model, args=config, train_dataset=rows, callbacks=[callback])
+    with pytest.warns(UserWarning, match="not minimise the model's own loss"):
+        trainer.train()
+    expected = score(model, batches_of(rows))
+    for name in ("heads", "neurons", "hidden"):
+        torch.testing.assert_close(getattr(callback.scores, name), getattr(expected, name), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("choice", [{"unit": "token"}, {"metric": "magnitude"}])
