@@ -78,6 +78,9 @@ class ScriptArguments:
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset to train on."})
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    document: str = field(
+        default="file", metadata={"help": "What one document of a text file is: file, paragraph or line."}
+    )
     streaming: bool = field(
         default=False, metadata={"help": "Read and pack the corpus while training (needs max_steps)."}
     )
@@ -205,7 +208,7 @@ def make_student(
 
 def load_blocks(args: ScriptArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset]:
     """(training blocks, held-out blocks); the two never share a block."""
-    options = {"text_column": args.text_column, "streaming": args.streaming}
+    options = {"text_column": args.text_column, "document": args.document, "streaming": args.streaming}
     blocks = pack(load_corpus(args.dataset, split=args.dataset_split, **options), tokenizer, args.block_size)
     if args.dataset is None:
         held_out = pack(load_corpus(split="held_out"), tokenizer, args.block_size)
