@@ -147,6 +147,11 @@ def row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return pairs.diagonal(dim1=1, dim2=2).flatten()
 
 
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast would multiply in here; None outside autocast."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
 def _log_z(logits: torch.Tensor, softmax: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
     """log Σexp [n] of logits [n, V] whose softmax is known, read off at the largest entry `best` [n, 1]."""
     return (logits.gather(-1, best) - softmax.gather(-1, best).log()).squeeze(-1)
@@ -178,8 +183,9 @@ class _FusedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, problem: _Problem
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        product_dtype = _autocast_dtype(hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
-            run = _ChunkedRun(hidden, weight, bias, problem, ctx.needs_input_grad[:3])
+            run = _ChunkedRun(hidden, weight, bias, problem, ctx.needs_input_grad[:3], product_dtype)
             run.all_chunks()
         ctx.gradients = run.gradients()
         ctx.mark_non_differentiable(run.statistics)
@@ -205,16 +211,17 @@ class _ChunkedRun:
         bias: torch.Tensor | None,
         problem: _Problem,
         needs_gradient: tuple[bool, bool, bool],
+        product_dtype: torch.dtype | None,
     ):
         self.problem, self.hidden, self.weight, self.bias = problem, hidden, weight, bias
         self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         self.valid = (problem.labels != IGNORE_INDEX).nonzero().squeeze(-1)  # [valid]
-        self.student = _Projection(problem.student.first(problem.vocab_size), hidden.dtype, self.dtype)
-        self.teacher = (
-            _Projection(problem.teacher, problem.teacher_hidden.dtype, self.dtype)
-            if problem.teacher is not None
-            else None
+        self.student = _Projection(
+            problem.student.first(problem.vocab_size), product_dtype or hidden.dtype, self.dtype
         )
+        self.teacher = None
+        if problem.teacher is not None:
+            self.teacher = _Projection(problem.teacher, product_dtype or problem.teacher_hidden.dtype, self.dtype)
         self.statistics = hidden.new_zeros(len(STATISTICS), hidden.shape[0], dtype=self.dtype)
         num_rows = min(problem.chunk_tokens, max(1, len(self.valid)))
         self.buffers = hidden.new_empty(_NUM_BUFFERS, num_rows, problem.vocab_size, dtype=self.dtype)
@@ -328,12 +335,12 @@ class _ChunkedRun:
 class _Projection:
     """Matrix products with one head's weight: 16-bit operands, but results that were never rounded to 16 bits."""
 
-    def __init__(self, head: OutputHead, hidden_dtype: torch.dtype, result_dtype: torch.dtype):
+    def __init__(self, head: OutputHead, product_dtype: torch.dtype, result_dtype: torch.dtype):
         self.head, self.result_dtype = head, result_dtype
-        half = hidden_dtype in (torch.bfloat16, torch.float16)
+        half = product_dtype in (torch.bfloat16, torch.float16)
         # CUDA multiplies 16-bit operands into float32; elsewhere the operands are widened once.
         self.narrow = half and head.weight.is_cuda
-        self.operand_dtype = hidden_dtype if self.narrow else result_dtype
+        self.operand_dtype = product_dtype if self.narrow else result_dtype
         self.weight = head.weight.detach().to(self.operand_dtype)
 
     def __call__(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -354,11 +361,12 @@ class _Projection:
 
     def accumulate(self, total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor, scale: float) -> None:
         """total [V, H] += scale · ∂logitsᵀ · hidden."""
+        hidden = hidden.to(self.operand_dtype)
         if self.narrow:
             product = torch.empty_like(total)
             total.add_(self._multiply(gradient.to(self.operand_dtype).t(), hidden, product), alpha=scale)
         else:
-            total.addmm_(gradient.t(), hidden.to(self.operand_dtype), alpha=scale)
+            total.addmm_(gradient.t(), hidden, alpha=scale)
 
     def _multiply(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         if self.narrow:

@@ -110,8 +110,8 @@ def solve_shape(
             found=f"multiple_of={step}, tensor_parallel={tensor_parallel}",
             fix="Lower them.",
         )
-    best = min(candidates, key=lambda candidate: candidate.cost)
-    if best.count_error > _FARTHEST:
+    close = [candidate for candidate in candidates if candidate.count_error <= _FARTHEST]
+    if not close:
         nearest = min(candidates, key=lambda candidate: candidate.count_error)
         raise ShapeError(
             f"No legal shape has about {count:,} parameters",
@@ -119,7 +119,7 @@ def solve_shape(
             fix=f"The nearest legal one has {nearest.num_parameters:,} "
             f"({nearest.num_parameters / num_teacher_parameters:.1%}): {nearest.shape}.",
         )
-    return best.shape
+    return min(close, key=lambda candidate: candidate.cost).shape
 
 
 def _default_multiple(hidden_size: int) -> int:
