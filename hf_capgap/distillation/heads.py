@@ -72,7 +72,9 @@ def head_matches(model: PreTrainedModel) -> bool:
             found = run_inside(head, head, lambda states: OutputHead.of(model).logits(states).float(), hidden)
     finally:
         model.train(training)
-    tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2
+    # A forward of the instance's own is the one that accelerate puts there to run in 16 bits.
+    rounded = model.dtype not in (torch.float32, torch.float64) or "forward" in vars(model)
+    tolerance = 5e-2 if rounded else 1e-4
     return expected.shape == found.shape and bool(
         (expected - found).abs().max() <= tolerance * (1 + expected.abs().max())
     )

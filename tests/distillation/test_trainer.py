@@ -186,6 +186,17 @@ def test_bf16_autocast_stays_close_to_float32(tmp_path, student, teacher, blocks
     assert trainer.evaluate()["eval_ce"] == pytest.approx(expected["ce"], rel=0.02)
 
 
+def test_second_bf16_trainer_of_a_model_is_fused_too(tmp_path, student, teacher, blocks):
+    """accelerate leaves its autocasting forward on the model, which must not look like an unknown output head."""
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*fused objective")
+            config = make_config(tmp_path, bf16=True)
+            trainer = DistillationTrainer(student, teacher, config, train_dataset=blocks, eval_dataset=blocks)
+        trainer.evaluate()
+    assert "forward" in vars(student)
+
+
 def test_bf16_autocast_is_really_on(tmp_path, student, teacher, blocks):
     dtypes = set()
     trainer = DistillationTrainer(student, teacher, make_config(tmp_path, bf16=True), train_dataset=blocks)
