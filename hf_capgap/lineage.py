@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,15 @@ from .errors import CapGapError
 
 FILE_NAME = "capgap.json"
 _VERSION = 1
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _PACKAGES = ("hf-capgap", "torch", "transformers", "accelerate", "datasets", "safetensors", "peft")
 
 
 def public_name(name_or_path: str) -> str:
     """A Hub id as it is; of a local path only the last part."""
     name = str(name_or_path).rstrip("/\\")
-    looks_local = os.path.isabs(name) or name.startswith((".", "~")) or os.path.exists(name)
-    return Path(name).name if looks_local else name
+    is_hub_id = _HUB_ID.fullmatch(name) and not os.path.exists(name)
+    return name if is_hub_id else re.split(r"[/\\]", name)[-1]
 
 
 def hub_commit(

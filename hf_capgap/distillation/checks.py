@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import DataError, TeacherError
-from .objective import IGNORE_INDEX
+from ..labels import IGNORE_INDEX
 
 _PROBE = "The quick brown fox, 12345; naïve café — 你好，世界。\n\tdef f(x):\n        return x ** 2"
 

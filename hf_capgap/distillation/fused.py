@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 
+from ..errors import ConfigError
+from ..labels import IGNORE_INDEX
 from .heads import OutputHead
-from .objective import IGNORE_INDEX, STATISTICS, check_objective, denominator, sum_statistics
+from .objective import STATISTICS, check_inputs, check_objective, denominator, sum_statistics
 
 _CE, _KL, _ENTROPY, _AGREEMENT = range(len(STATISTICS))
 
@@ -64,6 +66,7 @@ def fused_distillation_loss(
 
     Raises:
         ConfigError: An option without meaning.
+        DataError: Shapes that do not fit each other.
     """
     loss, statistics = fused_token_losses(
         student_hidden,
@@ -102,8 +105,14 @@ def fused_token_losses(
     """
     check_objective(alpha, temperature, divergence)
     student_head, teacher_head = _as_head(student_head), _as_head(teacher_head)
-    heads = [head for head in (student_head, teacher_head) if head is not None]
-    vocab_size = vocab_size or min(head.weight.shape[0] for head in heads)
+    if (teacher_hidden is None) != (teacher_head is None):
+        raise ConfigError("A teacher is its hidden states and its head", fix="Pass both, or neither.")
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ConfigError("chunk_tokens must be at least 1", found=chunk_tokens)
+    num_rows = [head.weight.shape[0] for head in (student_head, teacher_head) if head is not None]
+    vocab_size = check_inputs(
+        student_hidden, teacher_hidden, labels, alpha=alpha, num_rows=num_rows, vocab_size=vocab_size
+    )
     problem = _Problem(
         student=student_head,
         teacher=None if teacher_head is None else teacher_head.first(vocab_size),
@@ -147,6 +156,11 @@ def row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return pairs.diagonal(dim1=1, dim2=2).flatten()
 
 
+def _held_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """In what the gradient of a tensor waits for `backward`: float16 would lose it before the loss scale comes."""
+    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
+
+
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast would multiply in here; None outside autocast."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
@@ -188,6 +202,7 @@ class _FusedLoss(torch.autograd.Function):
             run = _ChunkedRun(hidden, weight, bias, problem, ctx.needs_input_grad[:3], product_dtype)
             run.all_chunks()
         ctx.gradients = run.gradients()
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         ctx.mark_non_differentiable(run.statistics)
         return run.loss(), run.statistics
 
@@ -198,7 +213,8 @@ class _FusedLoss(torch.autograd.Function):
             raise RuntimeError("The fused loss holds its gradients only once: it cannot run backward a second time.")
         gradients, ctx.gradients = ctx.gradients, None
         # In place: nobody else holds these tensors, and a copy of the weight gradient would double the peak.
-        return *(None if g is None else g.mul_(loss_gradient.to(g.dtype)) for g in gradients), None
+        scaled = (None if g is None else g.mul_(loss_gradient.to(g.dtype)) for g in gradients)
+        return *(None if g is None else g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True)), None
 
 
 class _ChunkedRun:
@@ -227,7 +243,7 @@ class _ChunkedRun:
         self.buffers = hidden.new_empty(_NUM_BUFFERS, num_rows, problem.vocab_size, dtype=self.dtype)
         wants_hidden, wants_weight, wants_bias = needs_gradient
         self.wants_any = any(needs_gradient)
-        self.hidden_gradient = torch.zeros_like(hidden) if wants_hidden else None
+        self.hidden_gradient = torch.zeros_like(hidden, dtype=_held_dtype(hidden)) if wants_hidden else None
         self.weight_gradient = torch.zeros_like(weight, dtype=self.dtype) if wants_weight else None
         self.bias_gradient = torch.zeros_like(bias, dtype=self.dtype) if wants_bias else None
 
@@ -311,7 +327,9 @@ class _ChunkedRun:
             self.bias_gradient[:vocab_size].add_(gradient.sum(0), alpha=scale)
         if self.hidden_gradient is not None:
             by_hidden = self.student.backward(gradient).mul_(scale)
-            self.hidden_gradient.index_copy_(0, rows, (by_hidden / self.problem.denominator).to(self.hidden.dtype))
+            self.hidden_gradient.index_copy_(
+                0, rows, (by_hidden / self.problem.denominator).to(self.hidden_gradient.dtype)
+            )
         if self.weight_gradient is not None:
             self.student.accumulate(self.weight_gradient[:vocab_size], gradient, hidden, scale)
 
@@ -324,9 +342,9 @@ class _ChunkedRun:
         return total / self.problem.denominator
 
     def gradients(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """∂loss by hidden states, weight and bias, in their dtypes; None where not wanted."""
+        """∂loss by hidden states, weight and bias; None where not wanted."""
         weight, bias = (
-            None if total is None else total.div_(self.problem.denominator).to(like.dtype)
+            None if total is None else total.div_(self.problem.denominator).to(_held_dtype(like))
             for total, like in ((self.weight_gradient, self.weight), (self.bias_gradient, self.bias))
         )
         return self.hidden_gradient, weight, bias

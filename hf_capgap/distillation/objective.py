@@ -14,9 +14,9 @@ import math
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
+from ..labels import IGNORE_INDEX
 
-IGNORE_INDEX = -100
 DIVERGENCES = ("forward_kl",)
 # What is measured at every valid position; metrics carry the sums over positions, under these names.
 STATISTICS = ("ce", "kl", "teacher_entropy", "agreement")
@@ -32,6 +32,34 @@ def check_objective(alpha: float, temperature: float, divergence: str) -> None:
         raise ConfigError("The temperature must be positive and finite", found=temperature)
     if divergence not in DIVERGENCES:
         raise ConfigError("Unknown divergence", found=divergence, fix=f"Choose one of: {', '.join(DIVERGENCES)}.")
+
+
+def check_inputs(
+    student: torch.Tensor,
+    teacher: torch.Tensor | None,
+    labels: torch.Tensor,
+    *,
+    alpha: float,
+    num_rows: list[int],
+    vocab_size: int | None,
+) -> int:
+    """The real vocabulary, once the shapes fit: one row of `student` and `teacher` per label.
+
+    Raises:
+        ConfigError: No teacher though `alpha` weighs it, or a vocabulary that a model does not have.
+        DataError: Different numbers of rows.
+    """
+    if teacher is None and alpha > 0:
+        raise ConfigError("The divergence needs a teacher", found=f"alpha={alpha}", fix="Pass one, or alpha=0.")
+    counts = {"student": len(student), "labels": len(labels)} | ({} if teacher is None else {"teacher": len(teacher)})
+    if len(set(counts.values())) != 1 or labels.dim() != 1:
+        raise DataError(
+            "Student, teacher and labels must have one row per token", found=counts, fix="Flatten them alike."
+        )
+    available = min(num_rows)
+    if vocab_size is not None and not 1 <= vocab_size <= available:
+        raise ConfigError(f"vocab_size must be between 1 and the {available} rows of the heads", found=vocab_size)
+    return available if vocab_size is None else vocab_size
 
 
 def distillation_loss(
@@ -63,6 +91,7 @@ def distillation_loss(
 
     Raises:
         ConfigError: An option without meaning.
+        DataError: Shapes that do not fit each other.
     """
     loss, statistics = token_losses(
         student_logits,
@@ -94,8 +123,9 @@ def token_losses(
         The loss, and [len(STATISTICS), tokens] without gradient, zero at ignored positions.
     """
     check_objective(alpha, temperature, divergence)
-    vocab_size = vocab_size or min(
-        logits.shape[-1] for logits in (student_logits, teacher_logits) if logits is not None
+    num_rows = [logits.shape[-1] for logits in (student_logits, teacher_logits) if logits is not None]
+    vocab_size = check_inputs(
+        student_logits, teacher_logits, labels, alpha=alpha, num_rows=num_rows, vocab_size=vocab_size
     )
     valid = labels != IGNORE_INDEX
     student = _upcast(student_logits[valid][:, :vocab_size])  # [valid, V]
@@ -131,5 +161,9 @@ def _upcast(logits: torch.Tensor) -> torch.Tensor:
 
 def denominator(num_items: torch.Tensor | int | None, labels: torch.Tensor) -> torch.Tensor:
     """|V| as a tensor on the labels' device; those of `labels` if `num_items` is None, and 1 where there is none."""
-    count = (labels != IGNORE_INDEX).sum() if num_items is None else torch.as_tensor(num_items, device=labels.device)
+    count = (
+        (labels != IGNORE_INDEX).sum()
+        if num_items is None
+        else torch.as_tensor(num_items, device=labels.device).reshape(())
+    )
     return count.clamp(min=1)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from .. import lineage
 from ..data import BlockCollator
 from ..errors import ConfigError, DataError, NonFiniteError, TeacherError
+from ..labels import IGNORE_INDEX
 from ..output import require_empty
 from . import checks
 from .config import DistillationConfig
@@ -22,7 +23,7 @@ from .forwarding import run_inside
 from .fused import fused_token_losses
 from .guards import TargetGuard
 from .heads import OutputHead, head_matches
-from .objective import IGNORE_INDEX, STATISTICS, token_losses
+from .objective import STATISTICS, token_losses
 from .record import describe_run
 from .statistics import StatisticSums
 from .teachers import HiddenSignal, LiveTeacher, LogitsSignal, load_teacher

@@ -9,10 +9,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..errors import ConfigError, ScoresError
+from ..labels import IGNORE_INDEX
 from ..lineage import public_name
 from .scores import METRICS, UNITS, ExpressiveScores, combine_hashes
-
-IGNORE_INDEX = -100
 
 
 def check_choices(unit: str, metric: str) -> None:

@@ -74,7 +74,7 @@ class ExpressiveScoreCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._detach()
-        self.scores = merge_ranks(self._accumulator.result())
+        self.scores = merge_ranks(self._accumulator.result() if self._accumulator.num_units else None)
         if self.save_path is not None and state.is_world_process_zero:
             self.scores.save(self.save_path)
 

@@ -125,10 +125,19 @@ def combine_hashes(hashes) -> str:
     return f"{sum(int(digest, 16) for digest in hashes) % _HASH_MODULUS:064x}"
 
 
-def merge_ranks(scores: ExpressiveScores) -> ExpressiveScores:
-    """The scores of the calibration units of all ranks, on every rank; `scores` itself if there is one rank."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return scores
-    parts: list[ExpressiveScores | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, scores)
-    return ExpressiveScores.merge(parts)
+def merge_ranks(scores: ExpressiveScores | None) -> ExpressiveScores:
+    """The scores of the calibration units of all ranks, on every rank; None from a rank that saw none.
+
+    Raises:
+        ScoresError: No rank has scores.
+    """
+    parts: list[ExpressiveScores | None] = [scores]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        parts = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(parts, scores)
+    present = [part for part in parts if part is not None]
+    if not present:
+        raise ScoresError(
+            "No calibration batch had a target to score on", fix="Check the labels: are all of them -100?"
+        )
+    return present[0] if len(present) == 1 else ExpressiveScores.merge(present)

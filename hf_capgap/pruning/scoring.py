@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from ..families import audit
-from .accumulator import IGNORE_INDEX, ScoreAccumulator, check_choices, count_targets
+from ..labels import IGNORE_INDEX
+from .accumulator import ScoreAccumulator, check_choices, count_targets
 from .gates import GateRecorder
 from .scores import ExpressiveScores
 
@@ -51,12 +52,20 @@ def score(
     with _frozen(model), GateRecorder(model, family, per_example=unit == "example") as recorder:
         for batch in tqdm(islice(batches, num_batches), total=num_batches, desc="scoring", disable=not progress):
             batch = {name: value.to(model.device) for name, value in batch.items()}
-            labels = batch.pop("labels", batch["input_ids"])
+            labels = batch.pop("labels", None)
+            if labels is None:
+                labels = _default_labels(batch)
             num_targets = count_targets(labels)
             token_weight = 1.0 / max(1, int(num_targets.sum()))
             (token_weight * _sum_cross_entropy(model(**batch, use_cache=False).logits, labels)).backward()
             accumulator.add(recorder.take(), num_targets, token_weight, {**batch, "labels": labels})
     return accumulator.result()
+
+
+def _default_labels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The inputs, but for what the attention mask hides."""
+    mask = batch.get("attention_mask")
+    return batch["input_ids"] if mask is None else batch["input_ids"].masked_fill(mask == 0, IGNORE_INDEX)
 
 
 def _sum_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

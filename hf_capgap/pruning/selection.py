@@ -96,14 +96,14 @@ def _best(scores: torch.Tensor, count: int) -> list[int]:
 
 
 def _select_layers(layers: str | Sequence[int], available: int, count: int) -> list[int]:
-    if layers == "symmetric":
-        first = (available - count) // 2
-        return list(range(first, first + count))
     if isinstance(layers, str):
+        if layers == "symmetric":
+            first = (available - count) // 2
+            return list(range(first, first + count))
         raise ShapeError(
             "Unknown way to choose layers", found=layers, fix="Use 'symmetric' or a list of layers to keep."
         )
-    chosen = sorted(set(layers))
+    chosen = sorted({int(layer) for layer in layers})
     if len(chosen) != count or len(layers) != count or not all(0 <= layer < available for layer in chosen):
         raise ShapeError(f"The layers to keep must be {count} different indices below {available}", found=list(layers))
     return chosen

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
@@ -39,6 +41,12 @@ class StudentShape:
     num_key_value_heads: int
     head_dim: int
     intermediate_size: int
+
+    def __post_init__(self) -> None:
+        for name in _AXES:
+            value = getattr(self, name)
+            if hasattr(value, "__index__") and not isinstance(value, bool):
+                object.__setattr__(self, name, operator.index(value))  # NumPy's integers
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> StudentShape:
@@ -87,7 +95,7 @@ def _problems(shape: StudentShape, config: PreTrainedConfig) -> list[str]:
     problems = []
     for name in _AXES:
         wanted, available = getattr(shape, name), getattr(teacher, name)
-        if not isinstance(wanted, int) or wanted < 1:
+        if type(wanted) is not int or wanted < 1:
             problems.append(f"{name} must be a positive integer, not {wanted!r}")
         elif wanted > available:
             problems.append(f"{name} {wanted} is wider than the teacher's {available}")
@@ -130,4 +138,5 @@ def nearest_legal(shape: StudentShape, config: PreTrainedConfig) -> StudentShape
 
 
 def _clamp(wanted: object, limit: int) -> int:
-    return min(max(1, int(wanted)), limit) if isinstance(wanted, (int, float)) else limit
+    is_number = isinstance(wanted, (int, float)) and not isinstance(wanted, bool) and math.isfinite(wanted)
+    return min(max(1, int(wanted)), limit) if is_number else limit

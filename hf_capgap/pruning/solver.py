@@ -15,7 +15,7 @@ from ..families import family_for, inventory_of
 from .shapes import StudentShape
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
-_TARGET = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|x|[kmbt]?)(?:\s+smaller)?\s*", re.IGNORECASE)
+_TARGET = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|x(?:\s+smaller)?|[kmbt]?)\s*", re.IGNORECASE)
 
 # One percent off the target count weighs as much as five percent of imbalance between the dimensions.
 _COUNT_TOLERANCE, _BALANCE_TOLERANCE = 0.01, 0.05
@@ -43,7 +43,7 @@ def parse_target(target: str | int, num_teacher_parameters: int) -> int:
     number, unit = float(match["number"]), match["unit"].lower()
     if unit == "%":
         count = num_teacher_parameters * number / 100
-    elif unit == "x":
+    elif unit.startswith("x"):
         count = num_teacher_parameters / number if number else math.inf
     else:
         count = number * _UNITS[unit]

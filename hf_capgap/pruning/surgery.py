@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from .. import lineage
 from ..compat import attention_implementation
@@ -25,7 +25,7 @@ from .solver import solve_shape
 def cut(
     model: PreTrainedModel | str | os.PathLike,
     scores: ExpressiveScores,
-    shape: StudentShape | str,
+    shape: StudentShape | str | int,
     layers: str | Sequence[int] = "symmetric",
     *,
     output_dir: str | os.PathLike | None = None,
@@ -59,7 +59,7 @@ def cut(
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
         model.hub_commit = lineage.hub_commit(source)
     family = audit(model).family
-    if isinstance(shape, str):
+    if not isinstance(shape, StudentShape):
         shape = solve_shape(model.config, shape)
     kept = select(scores, shape, model.config, layers=layers)
     student = _build_student(model, family, shape, kept)
@@ -97,8 +97,18 @@ def _build_student(model: PreTrainedModel, family: Family, shape: StudentShape, 
             for teacher_name in [_teacher_name(name, family, kept)]
         }
     )
-    student.generation_config = copy.deepcopy(model.generation_config)
+    student.generation_config = _valid_generation_config(model.generation_config)
     return student.to(model.device).train(model.training)
+
+
+def _valid_generation_config(given: GenerationConfig) -> GenerationConfig:
+    """A copy that can be saved: some released models set sampling options without `do_sample`."""
+    copied = copy.deepcopy(given)
+    try:
+        copied.validate(strict=True)
+    except ValueError:
+        copied.do_sample = True
+    return copied
 
 
 def _teacher_name(student_name: str, family: Family, kept: Kept) -> str:
@@ -132,7 +142,7 @@ def _describe_cut(
                 "calibration_hash": scores.calibration_hash,
             },
             "shape": shape.as_dict(),
-            "layers": layers if isinstance(layers, str) else list(layers),
+            "layers": layers if isinstance(layers, str) else [int(layer) for layer in layers],
             "num_parameters": student.num_parameters(),
             "kept_indices_file": KEPT_FILE_NAME,
         },
