@@ -47,7 +47,9 @@ from hf_capgap import (
 )
 from hf_capgap.cli.arguments import parse_arguments
 from hf_capgap.data import BlockCollator
+from hf_capgap.data.corpus import BUILTIN
 from hf_capgap.distillation import load_teacher
+from hf_capgap.errors import DataError
 from hf_capgap.extras import require
 from hf_capgap.output import require_empty
 from hf_capgap.pruning import merge_ranks
@@ -210,15 +212,19 @@ def load_blocks(args: ScriptArguments, tokenizer: PreTrainedTokenizerBase) -> tu
     """(training blocks, held-out blocks); the two never share a block."""
     options = {"text_column": args.text_column, "document": args.document, "streaming": args.streaming}
     blocks = pack(load_corpus(args.dataset, split=args.dataset_split, **options), tokenizer, args.block_size)
-    if args.dataset is None:
-        held_out = pack(load_corpus(split="held_out"), tokenizer, args.block_size)
-    elif args.eval_dataset is not None:
-        corpus = load_corpus(args.eval_dataset, split=args.eval_split, **options)
-        held_out = pack(corpus, tokenizer, args.block_size)
+    if args.eval_dataset is not None:
+        held_out = pack(load_corpus(args.eval_dataset, split=args.eval_split, **options), tokenizer, args.block_size)
+    elif args.dataset in (None, BUILTIN):
+        # Blocks from every held-out file, not from the first few.
+        held_out = pack(load_corpus(split="held_out"), tokenizer, args.block_size).shuffle(seed=0)
     else:
+        if not args.streaming and len(blocks) <= args.num_eval_blocks:
+            raise DataError(
+                "Holding out --num_eval_blocks would leave nothing to train on",
+                found=f"{len(blocks)} blocks in all",
+                fix="Hold out fewer, use smaller blocks, or name an --eval_dataset.",
+            )
         held_out, blocks = blocks.take(args.num_eval_blocks), blocks.skip(args.num_eval_blocks)
-    if args.dataset is None:
-        held_out = held_out.shuffle(seed=0)  # blocks from every held-out file, not from the first few
     rows = list(islice(held_out, args.num_eval_blocks))
     return blocks, Dataset.from_list(rows) if rows else Dataset.from_dict({"input_ids": []})
 
@@ -231,7 +237,7 @@ def score_on_blocks(
     rows = list(islice(blocks.shuffle(seed=training_args.seed), num_batches * size))
     batches = [collate(rows[start : start + size]) for start in range(0, len(rows), size)]
     own = batches[state.process_index :: state.num_processes]
-    return merge_ranks(score(teacher, own, progress=state.is_main_process))
+    return merge_ranks(score(teacher, own, progress=state.is_main_process) if own else None)
 
 
 def report(results: dict[str, Result], trainer: DistillationTrainer, args: ScriptArguments, output_dir: Path) -> None:
@@ -293,6 +299,6 @@ def sample(folder: Path, prompt: str, num_tokens: int = 64) -> str:
 if __name__ == "__main__":
     try:
         main()
-    except CapGapError as error:
+    except (CapGapError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     PartialState().destroy_process_group()  # after main: gloo hangs when a DDP model outlives its process group

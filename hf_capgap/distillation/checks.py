@@ -9,15 +9,28 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import DataError, TeacherError
+from ..errors import ConfigError, DataError, TeacherError
 from ..labels import IGNORE_INDEX
 
 _PROBE = "The quick brown fox, 12345; naïve café — 你好，世界。\n\tdef f(x):\n        return x ** 2"
 
 
-def check_sizes(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Raises `TeacherError` if the teacher has fewer parameters than the student."""
-    num_student, num_teacher = student.num_parameters(), teacher.num_parameters()
+def check_adapter(student: torch.nn.Module) -> None:
+    """Raises `ConfigError` if the student is a PEFT model that changes its inputs rather than its layers."""
+    for name, config in getattr(student, "peft_config", {}).items():
+        if getattr(config, "is_prompt_learning", False):
+            raise ConfigError(
+                "Prompt learning adds positions that the teacher does not have",
+                found=name,
+                fix="Use LoRA or the like.",
+            )
+
+
+def check_sizes(student: torch.nn.Module, teacher: PreTrainedModel) -> None:
+    """Raises `TeacherError` if the teacher has fewer parameters than the student (without its adapters)."""
+    is_adapted = hasattr(student, "peft_config")  # then what is frozen is the model that was there before
+    num_student = sum(p.numel() for p in student.parameters() if not (is_adapted and p.requires_grad))
+    num_teacher = teacher.num_parameters()
     if num_teacher < num_student:
         raise TeacherError(
             f"The teacher is smaller than the student ({num_student:,} parameters)",

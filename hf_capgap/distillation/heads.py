@@ -59,7 +59,9 @@ class OutputHead:
 
 def head_matches(model: PreTrainedModel) -> bool:
     """Whether `OutputHead.of(model)` on the final hidden state gives the model's own logits, tried on two tokens."""
-    if model.get_output_embeddings() is None or not hasattr(model.get_output_embeddings(), "weight"):
+    head = model.get_output_embeddings()
+    # An adapter on the head is no nn.Linear, a quantised one has packed weights: neither is all in `weight`.
+    if not isinstance(head, torch.nn.Linear) or not head.weight.is_floating_point() or head.weight.dim() != 2:
         return False
     input_ids = torch.arange(2, device=model.device)[None]
     training = model.training
@@ -68,7 +70,6 @@ def head_matches(model: PreTrainedModel) -> bool:
         with torch.no_grad():
             expected = model(input_ids=input_ids, use_cache=False).logits.float()
             hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-            head = model.get_output_embeddings()
             found = run_inside(head, head, lambda states: OutputHead.of(model).logits(states).float(), hidden)
     finally:
         model.train(training)

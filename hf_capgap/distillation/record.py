@@ -27,7 +27,8 @@ def describe_run(trainer: Trainer, teacher: PreTrainedModel | None) -> dict[str,
     training, and 2 for the teacher's forward.
     """
     args, state = trainer.args, trainer.state
-    evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
+    evaluations = [entry for entry in state.log_history if any(name.startswith("eval_") for name in entry)]
+    last = [entry for entry in evaluations if entry["step"] == evaluations[-1]["step"]]  # several datasets: several
     trained_with_teacher = teacher is not None and args.alpha > 0
     facts = {
         "teacher": lineage.describe_model(teacher) if teacher is not None else None,
@@ -39,7 +40,7 @@ def describe_run(trainer: Trainer, teacher: PreTrainedModel | None) -> dict[str,
         "teacher_forward_flops": _teacher_flops(state.total_flos, trainer.student, teacher)
         if trained_with_teacher
         else 0,
-        "evaluation": {name: value for name, value in evaluations[-1].items() if name.startswith("eval_")}
+        "evaluation": {name: value for entry in last for name, value in entry.items() if name.startswith("eval_")}
         if evaluations
         else None,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from . import checks
 from .config import DistillationConfig
 from .forwarding import run_inside
 from .fused import fused_token_losses
-from .guards import TargetGuard
+from .guards import TargetCounter
 from .heads import OutputHead, head_matches
 from .objective import STATISTICS, token_losses
 from .record import describe_run
@@ -80,17 +80,19 @@ class DistillationTrainer(Trainer):
                 raise ConfigError(
                     f"{name} has no place here", fix="The objective never gives logits or another loss to it."
                 )
+        checks.check_adapter(model)
         student = causal_model(model)
         teacher_tokenizer = teacher_processing_class or _find_teacher_tokenizer(teacher_model)
         teacher = self._resolve_teacher(teacher_model, args)
         if teacher is not None:
-            checks.check_sizes(student, teacher)
+            checks.check_sizes(model, teacher)
             if processing_class is not None and teacher_tokenizer is not None:
                 checks.check_same_tokenizer(processing_class, teacher_tokenizer)
         for role, dataset in (("training", train_dataset), ("evaluation", eval_dataset)):
             checks.check_dataset(dataset, role, student, teacher or student)
         self._vocab_size = checks.real_vocab_size(student, teacher or student, processing_class)
 
+        self._use_cache = getattr(student.config, "use_cache", True)  # the Trainer turns it off for training
         super().__init__(
             model=model,
             args=args,
@@ -104,7 +106,6 @@ class DistillationTrainer(Trainer):
             raise ConfigError(
                 "nn.DataParallel is not supported", found=f"{args.n_gpu} GPUs", fix="Start with accelerate launch."
             )
-        self.model_accepts_loss_kwargs = True  # so that the Trainer counts the step's tokens for us
         self._fused = args.fused and self._student_head_is_known()
         self._prepare_teacher(teacher)
         if args.torch_compile:
@@ -112,10 +113,10 @@ class DistillationTrainer(Trainer):
                 if module is not None:
                     module.base_model.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self._labels_checked = False
-        self._num_tokens_unlogged = 0
+        self._lineage = lineage.stages_of(student)  # now: the folder it came from may be written to later
         self._train_sums, self._eval_sums = StatisticSums(), StatisticSums()
-        self._target_guard = TargetGuard(self.accelerator)
-        self.add_callback(self._target_guard)
+        self._targets = TargetCounter(self.accelerator)
+        self.add_callback(self._targets)
 
     @property
     def student(self) -> PreTrainedModel:
@@ -124,11 +125,22 @@ class DistillationTrainer(Trainer):
 
     @property
     def num_tokens_seen(self) -> int:
-        """Targets trained on, on all ranks, up to the last log or the end; a resumed run counts on."""
-        logged = (entry["num_tokens_seen"] for entry in reversed(self.state.log_history) if "num_tokens_seen" in entry)
-        return next(logged, 0) + self._num_tokens_unlogged
+        """Targets trained on, on all ranks, up to the last log, checkpoint or end; a resumed run counts on."""
+        return self._targets.last_read
 
     # ---- the loss ----
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | None]:
+        """The micro-batches of an optimizer step, and their valid targets on all ranks.
+
+        Counted here and not by the `Trainer`, which shifts labels only for model classes whose name it knows.
+        """
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = [(batch["labels"][:, 1:] != IGNORE_INDEX).sum().to(device) for batch in samples if "labels" in batch]
+        total = torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.long, device=device)
+        return samples, self.accelerator.reduce(total) // self.get_tp_size()
 
     def compute_loss(
         self,
@@ -141,7 +153,7 @@ class DistillationTrainer(Trainer):
         loss, statistics, labels = self._token_losses(model, inputs, num_items_in_batch)
         num_targets = (labels != IGNORE_INDEX).sum()
         self._train_sums.add(statistics.sum((1, 2)), num_targets)
-        self._target_guard.count(num_targets)
+        self._targets.add(num_targets)
         if num_items_in_batch is not None:
             # DDP averages over ranks what has already been divided by the tokens of all ranks.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
@@ -151,11 +163,7 @@ class DistillationTrainer(Trainer):
         loss = super().training_step(*args, **kwargs)
         # Once per optimizer step, before the weights change.
         if self.accelerator.sync_gradients and not self._train_sums.teacher_is_finite():
-            raise NonFiniteError(
-                "The teacher's outputs are not finite",
-                found=f"optimizer step {self.state.global_step + 1}",
-                fix="Run it in float32 or bfloat16 (teacher_init_kwargs), and check its weights.",
-            )
+            raise _teacher_not_finite(f"optimizer step {self.state.global_step + 1}")
         return loss
 
     def _token_losses(
@@ -264,7 +272,9 @@ class DistillationTrainer(Trainer):
     def _evaluation_metrics(self, prefix: str) -> dict[str, float]:
         means = self._eval_sums.pop(self.accelerator)
         if not means:
-            return {}
+            raise DataError("The evaluation had no target: its labels are all -100, or there was no row")
+        if self.teacher is not None and not math.isfinite(means["teacher_entropy"]):
+            raise _teacher_not_finite("evaluation")
         alpha = self.args.alpha if self.teacher is not None else 0.0
         values = {"loss": (1 - alpha) * means["ce"] + alpha * self.args.temperature**2 * means["kl"]}
         values |= {"ce": means["ce"], "perplexity": _exp(means["ce"]), "num_tokens": int(means["num_tokens"])}
@@ -276,10 +286,10 @@ class DistillationTrainer(Trainer):
         """Adds the means since the last log to the training logs."""
         if "loss" in logs:
             means = self._train_sums.pop(self.accelerator)
-            num_tokens = int(means.pop("num_tokens", 0))
+            means.pop("num_tokens", None)
             with_teacher = self.teacher is not None and self.args.alpha > 0
             logs.update({name: value for name, value in means.items() if name == "ce" or with_teacher})
-            logs["num_tokens_seen"] = self.num_tokens_seen + num_tokens
+            logs["num_tokens_seen"] = self._targets.read()
         super().log(logs, start_time)
 
     # ---- running and saving ----
@@ -295,21 +305,37 @@ class DistillationTrainer(Trainer):
                 self.args.output_dir,
                 fix="Name another one, resume_from_checkpoint=True, or set overwrite_output_dir=True.",
             )
-        self._num_tokens_unlogged = 0
+        self._refuse_shared_weights()
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        self._num_tokens_unlogged = int(self._train_sums.pop(self.accelerator).get("num_tokens", 0))
+        self._targets.read()
+        self._train_sums = StatisticSums()
         return output
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """`Trainer.save_model`, and the lineage beside the student."""
-        super().save_model(output_dir, _internal_call)
+        num_tokens = self._targets.read()
+        if _internal_call:  # a checkpoint: a run that resumes from it counts on from here
+            self.state.log_history.append({"num_tokens_seen": num_tokens, "step": self.state.global_step})
+        use_cache, self.student.config.use_cache = self.student.config.use_cache, self._use_cache
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            self.student.config.use_cache = use_cache
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
-            lineage.write_stages(folder, [*lineage.stages_of(self.student), describe_run(self, self._teacher_model)])
+            lineage.write_stages(folder, [*self._lineage, describe_run(self, self._teacher_model)])
             if getattr(self.student, "kept", None) is not None:
                 self.student.kept.save(folder)
 
     # ---- set-up ----
+
+    def _refuse_shared_weights(self) -> None:
+        """Evaluating a model against itself is fine; training it while it is frozen is not."""
+        if self._teacher_model is None:
+            return
+        frozen = {id(parameter) for parameter in self._teacher_model.parameters()}
+        if any(id(parameter) in frozen for parameter in self.model.parameters()):
+            raise TeacherError("The teacher is (a part of) the student", fix="Load the teacher a second time.")
 
     def _resolve_teacher(
         self, teacher: PreTrainedModel | str | os.PathLike | None, args: DistillationConfig
@@ -357,6 +383,14 @@ def _find_teacher_tokenizer(teacher: PreTrainedModel | str | os.PathLike | None)
     if isinstance(teacher, (str, os.PathLike)):
         return checks.teacher_tokenizer(os.fspath(teacher), required=True)
     return checks.teacher_tokenizer(teacher.name_or_path, required=False)
+
+
+def _teacher_not_finite(where: str) -> NonFiniteError:
+    return NonFiniteError(
+        "The teacher's outputs are not finite",
+        found=where,
+        fix="Run it in float32 or bfloat16 (teacher_init_kwargs), and check its weights.",
+    )
 
 
 def _exp(value: float) -> float:

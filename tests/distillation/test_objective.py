@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hf_capgap.distillation import OutputHead, distillation_loss, fused_distillation_loss
 from hf_capgap.distillation.fused import blockwise_argmax, default_chunk_tokens, row_dot
 from hf_capgap.distillation.objective import STATISTICS
-from hf_capgap.errors import ConfigError
+from hf_capgap.errors import CapGapError, ConfigError
 
 Problem = dict[str, Any]
 
@@ -294,3 +294,46 @@ def test_row_dot_is_the_dot_product_of_rows(num_rows):
 def test_chunks_shrink_with_the_vocabulary_but_stay_useful():
     small, large = (default_chunk_tokens(vocab, torch.device("cpu")) for vocab in (32_000, 256_000))
     assert small > large >= 64
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"teacher_hidden": None, "teacher_head": None},
+        {"teacher_head": None},
+        {"labels": torch.zeros(5, dtype=torch.long)},
+        {"teacher_hidden": torch.randn(24, 12, dtype=torch.float64)},
+        {"vocab_size": 98},
+        {"vocab_size": 0},
+        {"chunk_tokens": -1},
+    ],
+    ids=[
+        "alpha without teacher",
+        "no head",
+        "few labels",
+        "long teacher",
+        "large vocabulary",
+        "no vocabulary",
+        "chunk",
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(change):
+    with pytest.raises(CapGapError):
+        fused_distillation_loss(**{**make_problem(), **change})
+
+
+@pytest.mark.parametrize("num_items", [7, 7.0, torch.tensor(7), torch.tensor([7]), torch.tensor(7.0)])
+def test_num_items_of_any_kind_gives_a_scalar(num_items):
+    loss, _ = fused_distillation_loss(**make_problem(), num_items=num_items)
+    assert loss.shape == ()
+    assert loss.item() == fused_distillation_loss(**make_problem(), num_items=7)[0].item()
+
+
+def test_float16_gradients_survive_until_the_loss_scale_comes():
+    scale, num_items = 65536.0, 200_000
+    problem = make_problem(dtype=torch.float16)
+    loss, _ = fused_distillation_loss(**problem, num_items=num_items)
+    exact = {name: _to_float64(value) for name, value in problem.items()}
+    expected = torch.autograd.grad(scale * dense(exact, num_items=num_items)[0], leaves(exact))
+    for found, reference in zip(torch.autograd.grad(scale * loss, leaves(problem)), expected, strict=True):
+        assert (found.double() - reference).norm() < 0.01 * reference.norm()

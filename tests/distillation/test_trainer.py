@@ -205,7 +205,6 @@ def test_bf16_autocast_is_really_on(tmp_path, student, teacher, blocks):
     assert dtypes == {torch.bfloat16}
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft 0.21 reads the old name
 def test_peft_student_trains_its_adapter_alone(tmp_path, student, teacher, blocks):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(
@@ -343,7 +342,91 @@ def test_resumed_run_counts_on(tmp_path, make_model, teacher, blocks):
         torch.testing.assert_close(resumed.model.state_dict()[name], value)
 
 
+def test_checkpoint_remembers_tokens_that_were_not_logged(tmp_path, make_model, teacher, blocks):
+    def make_trainer() -> DistillationTrainer:
+        student = make_model("llama", seed=1, hidden_size=32)
+        config = make_config(tmp_path, save_strategy="steps", save_steps=2, max_steps=4, logging_steps=100)
+        return DistillationTrainer(student, teacher, config, train_dataset=blocks)
+
+    make_trainer().train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    assert json.loads((checkpoint / "capgap.json").read_text())["stages"][-1]["num_tokens"] == 2 * 4 * (LENGTH - 1)
+    resumed = make_trainer()
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert resumed.num_tokens_seen == 4 * 4 * (LENGTH - 1)
+
+
+def test_saving_twice_into_the_students_own_folder_adds_one_stage(tmp_path, student, teacher, blocks):
+    student.save_pretrained(tmp_path / "run")
+    config = make_config(tmp_path, overwrite_output_dir=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        trainer = DistillationTrainer(str(tmp_path / "run"), teacher, config, train_dataset=blocks)
+    trainer.train()
+    trainer.save_model()
+    trainer.save_model()
+    assert len(json.loads((tmp_path / "run" / "capgap.json").read_text())["stages"]) == 1
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["use_cache"] is True
+
+
+def test_loss_is_counted_right_for_a_class_that_the_trainer_does_not_know(tmp_path, student, teacher, blocks):
+    """The Trainer infers from the class name whether labels are shifted, and counts otherwise for any other class."""
+
+    class Student(LlamaForCausalLM):
+        pass
+
+    unknown = Student(student.config)
+    unknown.load_state_dict(student.state_dict())
+    trainer = DistillationTrainer(unknown, teacher, make_config(tmp_path, max_steps=1), train_dataset=blocks)
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert entry["loss"] == pytest.approx(0.5 * entry["ce"] + 0.5 * entry["kl"], rel=1e-5)
+
+
+def test_lora_on_the_output_head_is_trained(tmp_path, student, teacher, blocks):
+    """The adapter is not in the head's weight, so that the fused path would silently leave it out."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(student, peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    with pytest.warns(UserWarning, match="not known to the fused objective"):
+        trainer = DistillationTrainer(model, teacher, make_config(tmp_path), train_dataset=blocks)
+    trainer.train()
+    [lora_b] = [p for name, p in model.named_parameters() if "lm_head" in name and "lora_B" in name]
+    assert lora_b.abs().max() > 0
+
+
 # ---- what it refuses ----
+
+
+def test_teacher_that_is_the_student_is_evaluated_but_not_trained(tmp_path, teacher, blocks):
+    trainer = DistillationTrainer(teacher, teacher, make_config(tmp_path), train_dataset=blocks, eval_dataset=blocks)
+    metrics = trainer.evaluate()
+    assert metrics["eval_kl"] == pytest.approx(0, abs=1e-6)
+    assert metrics["eval_agreement"] == 1
+    with pytest.raises(TeacherError, match=r"part of\) the student"):
+        trainer.train()
+
+
+def test_adapter_does_not_count_as_size(tmp_path, make_model, blocks):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make_model(seed=1), peft.LoraConfig(r=8, target_modules=["q_proj"]))
+    DistillationTrainer(model, make_model(seed=2), make_config(tmp_path), train_dataset=blocks)
+
+
+def test_prompt_learning_is_refused(tmp_path, student, teacher):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(student, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ConfigError, match="Prompt learning"):
+        DistillationTrainer(model, teacher, make_config(tmp_path))
+
+
+def test_evaluation_of_nothing_or_against_nan_is_refused(tmp_path, student, teacher, blocks):
+    rows = blocks.add_column("labels", [[-100] * LENGTH] * len(blocks))
+    with pytest.raises(DataError, match="evaluation had no target"):
+        DistillationTrainer(student, teacher, make_config(tmp_path), eval_dataset=rows).evaluate()
+    trainer = DistillationTrainer(student, teacher, make_config(tmp_path), eval_dataset=blocks)
+    teacher.lm_head.weight.data[3, 0] = math.nan
+    with pytest.raises(NonFiniteError, match="evaluation"):
+        trainer.evaluate()
 
 
 def test_used_output_folder_is_refused_and_untouched(tmp_path, student, teacher, blocks):
@@ -439,9 +522,11 @@ def test_one_long_row_among_short_ones(tmp_path, student, teacher):
 
 def test_labels_ignored_for_a_whole_epoch(tmp_path, student, teacher, blocks):
     rows = blocks.add_column("labels", [[-100] * LENGTH] * len(blocks))
-    trainer = DistillationTrainer(student, teacher, make_config(tmp_path), train_dataset=rows)
-    with pytest.raises(DataError, match="labels that are all -100"):
+    config = make_config(tmp_path, save_strategy="steps", save_steps=1)
+    trainer = DistillationTrainer(student, teacher, config, train_dataset=rows)
+    with pytest.raises(DataError, match="labels are all -100"):
         trainer.train()
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_labels_outside_the_vocabulary(tmp_path, student, teacher, blocks):
