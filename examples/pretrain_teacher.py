@@ -116,6 +116,7 @@ def main() -> None:
     trainer.train()
 
     output_dir = Path(training_args.output_dir)
+    model.config.use_cache = True  # the Trainer turned it off
     model.to(torch.bfloat16).save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     record = {

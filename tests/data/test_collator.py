@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from hf_capgap.data import BlockCollator
+from hf_capgap.errors import DataError
 
 ROW_TYPES = {
     "list": list,
@@ -76,3 +77,20 @@ def test_padding_changes_no_loss(make_model: Callable[..., PreTrainedModel]) -> 
     padded = model(**BlockCollator(pad_token_id=3)(rows)).loss
     alone = [model(**BlockCollator()([row])).loss for row in rows]
     torch.testing.assert_close(padded, (3 * alone[0] + alone[1]) / 4)  # 3 and 1 predicted tokens
+
+
+def test_mask_and_positions_of_the_rows_are_kept():
+    rows = [
+        {"input_ids": [5, 6, 7, 8], "attention_mask": [1, 1, 0, 0], "position_ids": [0, 1, 0, 1]},
+        {"input_ids": [5, 6, 7, 8], "attention_mask": [1, 1, 1, 1], "position_ids": [0, 1, 2, 3]},
+    ]
+    batch = BlockCollator()(rows)
+    assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    assert batch["labels"].tolist() == [[5, 6, -100, -100], [5, 6, 7, 8]]
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("row", [{"input_ids": []}, {"input_ids": [1, 2], "labels": [1]}])
+def test_rows_that_cannot_be_trained_on_are_refused(row):
+    with pytest.raises(DataError):
+        BlockCollator()([row])

@@ -338,3 +338,10 @@ def test_every_shape_that_passes_the_check_is_accepted_by_the_config_class(model
             if not family_for(config).broken_rules(shape.sizes()):
                 shape.check_within(config)
                 config_class(**{**config.to_dict(), **shape.as_dict()})
+
+
+def test_percent_smaller_is_not_read_as_percent():
+    """ "40% smaller" would keep 60 %, "40%" keeps 40 %: the words that could mean both are refused."""
+    with pytest.raises(ShapeError, match="Not a target size"):
+        solve_shape(LLAMA_2_7B, "40% smaller")
+    assert solve_shape(LLAMA_2_7B, "2.5x smaller") == solve_shape(LLAMA_2_7B, "2.5x")
