@@ -49,7 +49,7 @@ from hf_capgap.cli.arguments import parse_arguments
 from hf_capgap.data import BlockCollator
 from hf_capgap.data.corpus import BUILTIN
 from hf_capgap.distillation import load_teacher
-from hf_capgap.errors import DataError
+from hf_capgap.errors import ConfigError, DataError
 from hf_capgap.extras import require
 from hf_capgap.output import require_empty
 from hf_capgap.pruning import merge_ranks
@@ -104,7 +104,7 @@ class TrainingArguments(DistillationConfig):
     """`DistillationConfig`, with defaults that suit the demo."""
 
     output_dir: str = field(default=AUTO, metadata={"help": "Where everything goes; auto: a new folder in outputs/."})
-    max_steps: int = field(default=250, metadata={"help": "Optimizer steps."})
+    max_steps: int = field(default=250, metadata={"help": "Optimizer steps; -1 goes by num_train_epochs."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Sequences per step and device."})
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "Sequences per evaluation step and device."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate."})
@@ -124,6 +124,8 @@ class TrainingArguments(DistillationConfig):
 
 def main() -> None:
     args, training_args = parse_arguments([ScriptArguments, TrainingArguments], description=__doc__)
+    if training_args.resume_from_checkpoint:
+        raise ConfigError("This script starts anew and cannot resume", fix="Resume with DistillationTrainer.train.")
     output_dir = prepare_output_dir(training_args)
     transformers.set_seed(training_args.seed)
     teacher = load_teacher(args.teacher, {"dtype": args.teacher_dtype}).to(training_args.device)
