@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
@@ -106,7 +106,8 @@ def _unsupported(cause: str, found: object) -> UnsupportedModelError:
     return UnsupportedModelError(
         cause,
         found=found,
-        fix=f"Supported families: {', '.join(sorted(FAMILIES))}. Adapters and quantised weights must be merged first.",
+        fix=f"Supported families: {', '.join(supported_model_types())}. "
+        "Adapters and quantised weights must be merged first.",
     )
 
 
@@ -124,6 +125,6 @@ def _inventory_of(model_type: str, config_json: str) -> Inventory:
         return audit(AutoModelForCausalLM.from_config(config))
 
 
-def supported_model_types() -> Iterable[str]:
+def supported_model_types() -> list[str]:
     """The `model_type`s that can be scored and cut."""
     return sorted(FAMILIES)

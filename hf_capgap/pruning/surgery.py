@@ -154,5 +154,8 @@ def _save(student: PreTrainedModel, source: str, output_dir: str | os.PathLike) 
         student.save_pretrained(folder)
         student.kept.save(folder)
         lineage.write_stages(folder, student.lineage)
+        tokenizer = None
         with contextlib.suppress(OSError, ValueError, KeyError):  # a teacher without a tokenizer beside it
-            AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        if tokenizer is not None:  # outside: a full disk must not pass for a missing tokenizer
+            tokenizer.save_pretrained(folder)

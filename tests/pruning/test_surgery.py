@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -689,3 +690,18 @@ def test_expressive_scores_keep_what_a_trained_model_needs():
     by_scores, at_random, by_negated_scores = map(loss_of, students)
     assert loss_of(teacher) < 1.8 < by_scores
     assert by_scores + 0.3 < at_random < by_negated_scores
+
+
+def test_tokenizer_that_cannot_be_written_fails_the_cut_and_leaves_nothing(make_model, make_tokenizer, tmp_path):
+    """A full disk must not pass for a teacher without a tokenizer."""
+    teacher = make_model(vocab_size=260)
+    teacher.save_pretrained(tmp_path / "teacher")
+    make_tokenizer(260).save_pretrained(tmp_path / "teacher")
+    scores = score(teacher, [{"input_ids": torch.randint(260, (2, 16))}])
+    full = OSError(28, "No space left on device")
+    with (
+        patch("transformers.PreTrainedTokenizerBase.save_pretrained", side_effect=full),
+        pytest.raises(OSError, match="No space left"),
+    ):
+        cut(tmp_path / "teacher", scores, "40%", output_dir=tmp_path / "student")
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
