@@ -14,10 +14,8 @@ given beside it.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measure import describe_machine, peak_rise_bytes
 
 from hf_capgap import fused_distillation_loss
 from hf_capgap.distillation import distillation_loss
@@ -117,37 +116,12 @@ def run_memory_child(name: str, num_tokens: int, args: argparse.Namespace) -> No
     warm_up = argparse.Namespace(**{**vars(args), "vocab": 512})
     run(name, make_inputs(8, warm_up))
     inputs = make_inputs(num_tokens, args)
-    gc.collect()
-    if args.device == "cpu":
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before = _resident_kib("VmRSS")
-        run(name, inputs)
-        print((_resident_kib("VmHWM") - before) / 1024)
-    else:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run(name, inputs)
-        print((torch.cuda.max_memory_allocated() - before) / 2**20)
-
-
-def _resident_kib(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+    print(peak_rise_bytes(lambda: run(name, inputs), args.device) / 2**20)
 
 
 def _synchronize(device: str) -> None:
     if device != "cpu":
         torch.cuda.synchronize()
-
-
-def describe_machine(args: argparse.Namespace) -> str:
-    if args.device == "cpu":
-        cpuinfo = Path("/proc/cpuinfo")
-        names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
-        device = names[0].split(": ")[1] if names else platform.processor()
-        return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
 
 
 def parse_args() -> argparse.Namespace:
@@ -171,7 +145,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.child:
         return run_memory_child(args.child, args.num_tokens[0], args)
-    machine = describe_machine(args)
+    machine = describe_machine(args.device)
     print(
         f"{machine}; H {args.student_hidden}/{args.teacher_hidden}, V {args.vocab}, {args.dtype}, {args.rounds} rounds"
     )

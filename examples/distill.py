@@ -16,22 +16,14 @@ import copy
 import json
 import sys
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PrinterCallback
 
 from hf_capgap import (
     CapGapError,
@@ -39,23 +31,19 @@ from hf_capgap import (
     DistillationTrainer,
     ExpressiveScores,
     cut,
-    load_corpus,
-    pack,
     score,
     solve_shape,
     verify,
 )
 from hf_capgap.cli.arguments import parse_arguments
-from hf_capgap.data import BlockCollator
-from hf_capgap.data.corpus import BUILTIN
+from hf_capgap.cli.corpus_options import HeldOutOptions
+from hf_capgap.cli.output import AUTO, prepare_output_dir
+from hf_capgap.data import calibration_batches
 from hf_capgap.distillation import load_teacher
-from hf_capgap.errors import ConfigError, DataError
+from hf_capgap.errors import ConfigError
 from hf_capgap.extras import require
-from hf_capgap.output import require_empty
-from hf_capgap.pruning import merge_ranks
 
 DEMO_TEACHER = Path(__file__).parent / "demo_teacher"
-AUTO = "auto"
 
 
 @dataclass
@@ -73,26 +61,10 @@ class ScriptArguments:
         default=None, metadata={"help": "Layers of the student; the teacher's if not given."}
     )
     scores: str | None = field(default=None, metadata={"help": "Scores file of an earlier run, instead of scoring."})
+    student: str | None = field(
+        default=None, metadata={"help": "Folder of a student that is cut already, instead of scoring and cutting."}
+    )
     num_score_batches: int = field(default=32, metadata={"help": "Calibration batches, of the training batch size."})
-    dataset: str | None = field(
-        default=None,
-        metadata={"help": "Corpus: file, folder, glob or Hub id. The standard library's source if not given."},
-    )
-    dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset to train on."})
-    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
-    document: str = field(
-        default="file", metadata={"help": "What one document of a text file is: file, paragraph or line."}
-    )
-    streaming: bool = field(
-        default=False, metadata={"help": "Read and pack the corpus while training (needs max_steps)."}
-    )
-    eval_dataset: str | None = field(
-        default=None,
-        metadata={"help": "Held-out corpus. If not given, the first num_eval_blocks blocks are held out."},
-    )
-    eval_split: str = field(default="train", metadata={"help": "Split of the held-out corpus."})
-    block_size: int = field(default=256, metadata={"help": "Tokens per training sequence."})
-    num_eval_blocks: int = field(default=128, metadata={"help": "Blocks to evaluate on, at most."})
     baseline: bool = field(
         default=False, metadata={"help": "Also train the same cut on the same tokens with cross-entropy alone."}
     )
@@ -123,15 +95,19 @@ class TrainingArguments(DistillationConfig):
 
 
 def main() -> None:
-    args, training_args = parse_arguments([ScriptArguments, TrainingArguments], description=__doc__)
+    args, corpus, training_args = parse_arguments(
+        [ScriptArguments, HeldOutOptions, TrainingArguments], description=__doc__
+    )
     if training_args.resume_from_checkpoint:
         raise ConfigError("This script starts anew and cannot resume", fix="Resume with DistillationTrainer.train.")
-    output_dir = prepare_output_dir(training_args)
+    output_dir = prepare_output_dir(
+        training_args.output_dir, name="distill", overwrite=training_args.overwrite_output_dir
+    )
     transformers.set_seed(training_args.seed)
     teacher = load_teacher(args.teacher, {"dtype": args.teacher_dtype}).to(training_args.device)
     tokenizer = AutoTokenizer.from_pretrained(args.teacher)
     with training_args.main_process_first():
-        train_blocks, eval_blocks = load_blocks(args, tokenizer)
+        train_blocks, eval_blocks = corpus.load_train_and_held_out(tokenizer)
     student = make_student(teacher, train_blocks, args, training_args, output_dir)
 
     def make_trainer(model: PreTrainedModel, name: str, **options: Any) -> DistillationTrainer:
@@ -161,7 +137,7 @@ def main() -> None:
         _, results["student, cross-entropy alone"] = train("baseline", copy.deepcopy(student), alpha=0.0)
     trainer, results["student, distilled"] = train("student", student)
     if trainer.is_world_process_zero():
-        report(results, trainer, args, output_dir)
+        report(results, trainer, args, corpus, output_dir)
 
 
 @dataclass
@@ -174,21 +150,6 @@ class Result:
     train_seconds: float = 0.0
 
 
-def prepare_output_dir(training_args: TrainingArguments) -> Path:
-    """The given folder if it is free, or the first free outputs/distill-N; the same on all ranks."""
-    given = training_args.output_dir
-    [name] = broadcast_object_list([first_free_output_dir() if given == AUTO else given])
-    output_dir = Path(name)
-    if not training_args.overwrite_output_dir:
-        require_empty(output_dir, fix="Name another --output_dir, or pass --overwrite_output_dir true.")
-    PartialState().wait_for_everyone()
-    return output_dir
-
-
-def first_free_output_dir() -> str:
-    return next(name for n in range(1, 10**6) if not Path(name := f"outputs/distill-{n}").exists())
-
-
 def make_student(
     teacher: PreTrainedModel,
     blocks: Dataset,
@@ -197,6 +158,8 @@ def make_student(
     output_dir: Path,
 ) -> PreTrainedModel:
     """Score the teacher, solve for the shape, cut; prove the cut and keep the scores. The student is in float32."""
+    if args.student is not None:
+        return load_teacher(args.student, {"dtype": "float32"})
     if args.scores is not None:
         scores = ExpressiveScores.load(args.scores)
     else:
@@ -210,39 +173,29 @@ def make_student(
     return student.to(torch.float32)
 
 
-def load_blocks(args: ScriptArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset]:
-    """(training blocks, held-out blocks); the two never share a block."""
-    options = {"text_column": args.text_column, "document": args.document, "streaming": args.streaming}
-    blocks = pack(load_corpus(args.dataset, split=args.dataset_split, **options), tokenizer, args.block_size)
-    if args.eval_dataset is not None:
-        held_out = pack(load_corpus(args.eval_dataset, split=args.eval_split, **options), tokenizer, args.block_size)
-    elif args.dataset in (None, BUILTIN):
-        # Blocks from every held-out file, not from the first few.
-        held_out = pack(load_corpus(split="held_out"), tokenizer, args.block_size).shuffle(seed=0)
-    else:
-        if not args.streaming and len(blocks) <= args.num_eval_blocks:
-            raise DataError(
-                "Holding out --num_eval_blocks would leave nothing to train on",
-                found=f"{len(blocks)} blocks in all",
-                fix="Hold out fewer, use smaller blocks, or name an --eval_dataset.",
-            )
-        held_out, blocks = blocks.take(args.num_eval_blocks), blocks.skip(args.num_eval_blocks)
-    rows = list(islice(held_out, args.num_eval_blocks))
-    return blocks, Dataset.from_list(rows) if rows else Dataset.from_dict({"input_ids": []})
-
-
 def score_on_blocks(
     teacher: PreTrainedModel, blocks: Dataset, num_batches: int, training_args: TrainingArguments
 ) -> ExpressiveScores:
     """Expressive scores from blocks in random order, shared out over the ranks."""
-    state, collate, size = PartialState(), BlockCollator(), training_args.per_device_train_batch_size
-    rows = list(islice(blocks.shuffle(seed=training_args.seed), num_batches * size))
-    batches = [collate(rows[start : start + size]) for start in range(0, len(rows), size)]
-    own = batches[state.process_index :: state.num_processes]
-    return merge_ranks(score(teacher, own, progress=state.is_main_process) if own else None)
+    state = PartialState()
+    own = calibration_batches(
+        blocks,
+        num_batches=num_batches,
+        batch_size=training_args.per_device_train_batch_size,
+        seed=training_args.seed,
+        rank=state.process_index,
+        num_ranks=state.num_processes,
+    )
+    return score(teacher, own, progress=state.is_main_process)
 
 
-def report(results: dict[str, Result], trainer: DistillationTrainer, args: ScriptArguments, output_dir: Path) -> None:
+def report(
+    results: dict[str, Result],
+    trainer: DistillationTrainer,
+    args: ScriptArguments,
+    corpus: HeldOutOptions,
+    output_dir: Path,
+) -> None:
     """Print the table, the speed and a sample; write report.json and the loss curve."""
     final = results["student, distilled"]
     print(f"\n{format_table(results)}\n")
@@ -253,7 +206,10 @@ def report(results: dict[str, Result], trainer: DistillationTrainer, args: Scrip
     print(f"loss curve: {draw_loss_curve(trainer.state.log_history, output_dir / 'loss.png')}")
     print(f"sample of the saved student:\n{sample(output_dir / 'student', args.prompt)}\n")
     print(f"student: {output_dir / 'student'} (plain AutoModelForCausalLM loads it)")
-    content = {"arguments": asdict(args), "results": {name: asdict(result) for name, result in results.items()}}
+    content = {
+        "arguments": {**asdict(args), **asdict(corpus)},
+        "results": {name: asdict(result) for name, result in results.items()},
+    }
     (output_dir / "report.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 

@@ -13,15 +13,21 @@ __version__ = "0.1.0"
 # Public name -> the module that owns it.
 _HOMES = {
     "CapGapError": "errors",
+    "CapacityGapLaw": "laws",
     "DistillationConfig": "distillation",
+    "DistillationLaw": "laws",
     "DistillationTrainer": "distillation",
     "ExpressiveScoreCallback": "pruning",
     "ExpressiveScores": "pruning",
+    "RunRecord": "laws",
     "StudentShape": "pruning",
+    "SupervisedLaw": "laws",
     "cut": "pruning",
     "fused_distillation_loss": "distillation",
     "load_corpus": "data",
     "pack": "data",
+    "plan": "laws",
+    "prune": "pruning",
     "score": "pruning",
     "solve_shape": "pruning",
     "verify": "pruning",
@@ -33,7 +39,17 @@ if TYPE_CHECKING:
     from .data import load_corpus, pack
     from .distillation import DistillationConfig, DistillationTrainer, fused_distillation_loss
     from .errors import CapGapError
-    from .pruning import ExpressiveScoreCallback, ExpressiveScores, StudentShape, cut, score, solve_shape, verify
+    from .laws import CapacityGapLaw, DistillationLaw, RunRecord, SupervisedLaw, plan
+    from .pruning import (
+        ExpressiveScoreCallback,
+        ExpressiveScores,
+        StudentShape,
+        cut,
+        prune,
+        score,
+        solve_shape,
+        verify,
+    )
 
 
 def __getattr__(name: str) -> Any:

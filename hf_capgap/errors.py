@@ -40,12 +40,32 @@ class VerificationError(CapGapError, RuntimeError):
     """A cut student that does not compute what the masked teacher computes."""
 
 
+class CheckpointError(CapGapError, OSError):
+    """A checkpoint on disk that is incomplete, damaged or cannot be fetched."""
+
+
 class DataError(CapGapError, ValueError):
     """A corpus or batch that cannot be trained on."""
 
 
 class TeacherError(CapGapError, ValueError):
     """A teacher that cannot teach this student."""
+
+
+class LawError(CapGapError, ValueError):
+    """A size, loss, budget or coefficient that no law can take."""
+
+
+class RecordError(CapGapError, ValueError):
+    """Run records that are damaged, or that say what cannot be."""
+
+
+class FitError(CapGapError, ValueError):
+    """Run records that a law cannot be fitted to."""
+
+
+class PlanError(CapGapError, ValueError):
+    """A candidate or an option that no plan can be made with."""
 
 
 class NonFiniteError(CapGapError, FloatingPointError):

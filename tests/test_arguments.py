@@ -293,7 +293,74 @@ def test_a_required_option_that_is_nowhere_ends_the_program(capsys: pytest.Captu
     assert "the following arguments are required: --files" in capsys.readouterr().err
 
 
+# Words without a name.
+
+
+@dataclass
+class WordOptions:
+    """Two that may be given without their names."""
+
+    source: str = field(default=None, metadata={"help": "Where from."})
+    target: str = field(default=None, metadata={"help": "Where to."})
+    count: int = field(default=1, metadata={"help": "How many."})
+
+
+def parse_words(*argv: str) -> WordOptions:
+    [parsed] = parse_arguments([WordOptions], list(argv), prog="mover", positionals=["source", "target"])
+    return parsed
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["a", "b", "--count", "3"],
+        ["--count", "3", "a", "b"],
+        ["a", "--count=3", "b"],
+        ["--source", "a", "--target=b", "--count", "3"],
+        ["--source=a", "b", "--count", "3"],
+        ["--count", "3", "--target", "b", "a"],
+    ],
+    ids=" ".join,
+)
+def test_words_fill_what_has_no_name_in_order(argv: list[str]) -> None:
+    assert parse_words(*argv) == WordOptions("a", "b", 3)
+
+
+def test_words_win_over_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "options.yaml"
+    path.write_text("source: from-yaml\ntarget: to-yaml\n", encoding="utf-8")
+    assert parse_words("--config", str(path)) == WordOptions("from-yaml", "to-yaml")
+    assert parse_words("--config", str(path), "a") == WordOptions("a", "to-yaml")
+    assert parse_words("a", "b", "--config", str(path)) == WordOptions("a", "b")
+
+
+@pytest.mark.parametrize(("argv", "found"), [(["a", "b", "c"], "c"), (["a", "b", "--x", "c"], "--x"), (["-x"], "-x")])
+def test_a_word_too_many_and_an_unknown_option_are_refused(argv: list[str], found: str) -> None:
+    with pytest.raises(ConfigError, match=f"Unknown option on the command line \\(found: {found}\\)"):
+        parse_words(*argv)
+
+
+@pytest.mark.parametrize(("argv", "missing"), [([], "SOURCE, TARGET"), (["a"], "TARGET"), (["--target=b"], "SOURCE")])
+def test_a_missing_word_ends_the_program(capsys: pytest.CaptureFixture[str], argv: list[str], missing: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_words(*argv)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(f"mover: error: the following arguments are required: {missing}\n")
+
+
 # Help.
+
+
+def test_help_keeps_the_lines_of_the_description_and_says_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments([WordOptions], ["--help"], description="Moves.\n\n    mover a b\n", usage="mover FROM TO")
+    output = capsys.readouterr().out
+    assert output.startswith("usage: mover FROM TO\n\nMoves.\n\n    mover a b\n")
+    assert re.search(r"--count COUNT +How many\. \(default: 1\)\n", output)
+    assert re.search(r"--source SOURCE +Where from\.\n", output)
+    with pytest.raises(SystemExit):
+        parse_arguments([RequiredOptions], ["--help"])
+    assert re.search(r"--size SIZE +A size\. \(required\)\n", capsys.readouterr().out)
 
 
 def test_help_lists_every_option_once_with_its_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import re
 import sys
@@ -35,37 +36,79 @@ _Loader.add_implicit_resolver(
 )
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Descriptions keep their lines, for the examples in them; None is a default that the help itself explains."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.required:
+            return f"{action.help} (required)"
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parse_arguments(
-    dataclass_types: Sequence[type], argv: Sequence[str] | None = None, *, description: str | None = None
+    dataclass_types: Sequence[type],
+    argv: Sequence[str] | None = None,
+    *,
+    description: str | None = None,
+    prog: str | None = None,
+    usage: str | None = None,
+    positionals: Sequence[str] = (),
 ) -> tuple[Any, ...]:
     """Parse `argv` into one instance of each dataclass, after the defaults of `--config FILE.yaml`.
 
     Args:
         dataclass_types: The dataclasses whose fields are the options, each documented by its field's `help`.
         argv: Arguments without the program's name; `sys.argv[1:]` if None.
-        description: What `--help` says first.
+        description: What `--help` says first, with its own line breaks.
+        prog: The program's name in messages; that of the script if None.
+        usage: The usage line, instead of one that names every option.
+        positionals: Options with text for a value and None for a default that must be given: by name, in the file, or,
+            in this order, as words without a name.
 
     Raises:
         ConfigError: A YAML file that is missing or malformed, an unknown option in it or on the command line, or a
             null, list or mapping for an option that takes none.
     """
-    parser = HfArgumentParser(list(dataclass_types), description=description, allow_abbrev=False)
+    parser = HfArgumentParser(
+        list(dataclass_types),
+        description=description,
+        prog=prog,
+        usage=usage,
+        allow_abbrev=False,
+        formatter_class=_HelpFormatter,
+    )
     parser.add_argument(
         CONFIG_OPTION, metavar="FILE.yaml", help="Options from a YAML file; the command line overrides them."
     )
     kinds = _option_kinds(dataclass_types)
     argv = list(sys.argv[1:] if argv is None else argv)
+    named = {argument.partition("=")[0] for argument in argv}
     given, _ = _config_parser().parse_known_args(argv)
     if given.config is not None:
         argv = [*_apply(_read_options(given.config), kinds, parser, given.config), *argv]
     *instances, _, unknown = parser.parse_args_into_dataclasses(
         args=argv, return_remaining_strings=True, look_for_args_file=False
     )
-    if unknown:
-        raise ConfigError(
-            "Unknown option on the command line", found=unknown[0], fix=_suggest(unknown[0].lstrip("-"), kinds)
-        )
+    unknown_options = [argument for argument in unknown if argument.startswith("-")]
+    words = _take_words(unknown, [name for name in positionals if f"--{name}" not in named], instances)
+    for found in (*unknown_options, *words):
+        raise ConfigError("Unknown option on the command line", found=found, fix=_suggest(found.lstrip("-"), kinds))
+    missing = [name for name in positionals if _owner(name, instances)[name] is None]
+    if missing:
+        parser.error(f"the following arguments are required: {', '.join(missing).upper()}")
     return tuple(instances)
+
+
+def _take_words(words: list[str], names: Sequence[str], instances: Sequence[Any]) -> list[str]:
+    """Sets the options `names` to `words`, one each; returns the words that are left."""
+    for name, word in zip(names, words, strict=False):
+        _owner(name, instances)[name] = word
+    return words[len(names) :]
+
+
+def _owner(name: str, instances: Sequence[Any]) -> dict[str, Any]:
+    """The fields of the dataclass that has the option."""
+    return next(vars(instance) for instance in instances if name in vars(instance))
 
 
 def _config_parser() -> HfArgumentParser:

@@ -47,6 +47,17 @@ class DistillationConfig(TrainingArguments):
         default=None,
         metadata={"help": "JSON keyword arguments of from_pretrained for a teacher given by path or id: dtype, ..."},
     )
+    write_run_record: bool = field(
+        default=True,
+        metadata={
+            "help": "Add a line to runs.jsonl in output_dir when training ends: sizes, tokens and losses, for fitting "
+            "scaling laws. Takes one pass of student and teacher over eval_dataset."
+        },
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "What runs.jsonl calls the data; by default a hash of the evaluation set's first rows."},
+    )
     overwrite_output_dir: bool = field(
         default=False,
         metadata={"help": "Train into an output folder that already holds something."},
@@ -72,6 +83,10 @@ class DistillationConfig(TrainingArguments):
             )
         for has_no_effect, message in (
             (self.alpha == 0 and self.temperature != 1, "temperature has no effect with alpha=0"),
+            (
+                not self.write_run_record and self.dataset_name is not None,
+                "dataset_name has no effect with write_run_record=False",
+            ),
             (not self.fused and self.chunk_tokens is not None, "chunk_tokens has no effect with fused=False"),
         ):
             if has_no_effect:

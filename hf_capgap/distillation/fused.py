@@ -18,7 +18,7 @@ import torch
 
 from ..errors import ConfigError
 from ..labels import IGNORE_INDEX
-from .heads import OutputHead
+from ..output_head import OutputHead
 from .objective import STATISTICS, check_inputs, check_objective, denominator, sum_statistics
 
 _CE, _KL, _ENTROPY, _AGREEMENT = range(len(STATISTICS))

@@ -11,9 +11,16 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import TeacherError
+from ..forwarding import run_inside
 from ..lineage import hub_commit
-from .forwarding import run_inside
-from .heads import OutputHead, head_matches
+from ..output_head import OutputHead, head_matches
+
+_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """What a model's forward takes of a batch."""
+    return {name: batch[name] for name in _MODEL_INPUTS if batch.get(name) is not None}
 
 
 @dataclass(frozen=True)

@@ -15,20 +15,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from .. import lineage
 from ..data import BlockCollator
 from ..errors import ConfigError, DataError, NonFiniteError, TeacherError
+from ..forwarding import run_inside
 from ..labels import IGNORE_INDEX
 from ..output import require_empty
+from ..output_head import OutputHead, head_matches
 from . import checks
 from .config import DistillationConfig
-from .forwarding import run_inside
 from .fused import fused_token_losses
 from .guards import TargetCounter
-from .heads import OutputHead, head_matches
 from .objective import STATISTICS, token_losses
 from .record import describe_run
+from .run_log import RunLogCallback
 from .statistics import StatisticSums
-from .teachers import HiddenSignal, LiveTeacher, LogitsSignal, load_teacher
-
-_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+from .teachers import HiddenSignal, LiveTeacher, LogitsSignal, load_teacher, model_inputs
 
 
 class DistillationTrainer(Trainer):
@@ -117,6 +116,8 @@ class DistillationTrainer(Trainer):
         self._train_sums, self._eval_sums = StatisticSums(), StatisticSums()
         self._targets = TargetCounter(self.accelerator)
         self.add_callback(self._targets)
+        if args.write_run_record:
+            self.add_callback(RunLogCallback(self, teacher, self._vocab_size))
 
     @property
     def student(self) -> PreTrainedModel:
@@ -127,6 +128,10 @@ class DistillationTrainer(Trainer):
     def num_tokens_seen(self) -> int:
         """Targets trained on, on all ranks, up to the last log, checkpoint or end; a resumed run counts on."""
         return self._targets.last_read
+
+    def count_tokens(self) -> int:
+        """`num_tokens_seen` up to now. Every rank must call it."""
+        return self._targets.read()
 
     # ---- the loss ----
 
@@ -167,29 +172,33 @@ class DistillationTrainer(Trainer):
         return loss
 
     def _token_losses(
-        self, model: torch.nn.Module, inputs: Mapping[str, Any], num_items: torch.Tensor | int | None
+        self,
+        model: torch.nn.Module,
+        inputs: Mapping[str, Any],
+        num_items: torch.Tensor | int | None,
+        with_teacher: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(loss, statistics [len(STATISTICS), batch, length], labels [batch, length]); t predicts t + 1."""
-        model_inputs = {name: inputs[name] for name in _MODEL_INPUTS if inputs.get(name) is not None}
+        batch = model_inputs(inputs)
         if "labels" not in inputs:
             raise DataError(
                 "A batch has no labels", found=list(inputs), fix="Use BlockCollator, or a collator that makes them."
             )
-        checks.check_length(model_inputs["input_ids"].shape[1], self.student, self._teacher_model or self.student)
+        checks.check_length(batch["input_ids"].shape[1], self.student, self._teacher_model or self.student)
         if not self._labels_checked:  # once, because it waits for the device
             checks.check_labels(inputs["labels"], self._vocab_size)
             self._labels_checked = True
         labels = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
-        needs_teacher = self.teacher is not None and (self.args.alpha > 0 or not model.training)
+        needs_teacher = with_teacher and self.teacher is not None and (self.args.alpha > 0 or not model.training)
         with self.accelerator.autocast():
-            signal = self.teacher.signal(model_inputs) if needs_teacher else None
+            signal = self.teacher.signal(batch) if needs_teacher else None
             student = self.accelerator.unwrap_model(model, keep_torch_compile=False)
             compute = self._fused_losses if self._fused else self._dense_losses
             loss, statistics = run_inside(
                 model,
                 student,
                 lambda **batch: compute(student, batch, labels, signal, num_items),
-                **model_inputs,
+                **batch,
                 use_cache=False,
             )
         return loss, statistics.unflatten(-1, labels.shape), labels

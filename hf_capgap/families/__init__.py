@@ -1,6 +1,17 @@
 """Model families as named axes (see `family.Family`), and the audit of a model against its family's table."""
 
-from .family import Family
-from .registry import FAMILIES, Entry, Inventory, audit, family_for, inventory_of, supported_model_types
+from .axes import Dimension
+from .family import Config, Family, Parameter
+from .registry import FAMILIES, audit, family_for, is_quantized, supported_model_types
 
-__all__ = ["FAMILIES", "Entry", "Family", "Inventory", "audit", "family_for", "inventory_of", "supported_model_types"]
+__all__ = [
+    "FAMILIES",
+    "Config",
+    "Dimension",
+    "Family",
+    "Parameter",
+    "audit",
+    "family_for",
+    "is_quantized",
+    "supported_model_types",
+]

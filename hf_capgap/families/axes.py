@@ -4,18 +4,19 @@
     "q_heads*head_dim"                          each unit owns `head_dim` consecutive entries
     "q_heads*3*head_dim"                        each unit owns 3·`head_dim` consecutive entries (interleaved qkv)
     "q_heads*head_dim + kv_heads*head_dim"      segments one after the other (fused projections)
+    "positions + 2"                             a number instead of an axis: so many entries that no axis owns
 
 The first name of a segment is the axis that surgery may cut; the factors after it are fixed widths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
 
-import torch
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,12 @@ class Segment:
     axis: str
     factors: tuple[str, ...] = ()
 
+    def num_units(self, sizes: Mapping[str, int]) -> int:
+        return _number(self.axis, sizes)
+
     def width(self, sizes: Mapping[str, int]) -> int:
         """Entries per unit."""
-        return prod(int(factor) if factor.isdigit() else sizes[factor] for factor in self.factors)
+        return prod(_number(factor, sizes) for factor in self.factors)
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,16 @@ class Dimension:
         parts = [[name.strip() for name in segment.split("*")] for segment in text.split("+")]
         return Dimension(tuple(Segment(axis, tuple(factors)) for axis, *factors in parts))
 
+    @property
+    def axes(self) -> set[str]:
+        """The axes that run along this dimension."""
+        return {segment.axis for segment in self.segments}
+
     def size(self, sizes: Mapping[str, int]) -> int:
         """Number of entries when each axis has `sizes[axis]` units."""
-        return sum(sizes[segment.axis] * segment.width(sizes) for segment in self.segments)
+        return sum(segment.num_units(sizes) * segment.width(sizes) for segment in self.segments)
 
-    def indices(self, sizes: Mapping[str, int], kept: Mapping[str, list[int]]) -> torch.Tensor | None:
+    def indices(self, sizes: Mapping[str, int], kept: Mapping[str, Sequence[int]]) -> np.ndarray | None:
         """Entries to keep, ascending within each segment, [kept entries] int64; None if every entry stays.
 
         Args:
@@ -56,10 +65,29 @@ class Dimension:
         """
         if not any(segment.axis in kept for segment in self.segments):
             return None
-        chosen, offset = [], 0
+        chosen = []
+        for segment, offset, width in self._layout(sizes):
+            units = np.asarray(kept.get(segment.axis, range(segment.num_units(sizes))), dtype=np.int64)
+            chosen.append((offset + units[:, None] * width + np.arange(width)).ravel())  # [units, width] -> flat
+        return np.concatenate(chosen)
+
+    def owners(self, axis: str, sizes: Mapping[str, int]) -> np.ndarray:
+        """The unit of `axis` that each entry belongs to, [entries] int64; -1 for entries of other axes."""
+        units = np.full(self.size(sizes), -1, dtype=np.int64)
+        for segment, offset, width in self._layout(sizes):
+            if segment.axis == axis:
+                num_units = segment.num_units(sizes)
+                units[offset : offset + num_units * width] = np.repeat(np.arange(num_units), width)
+        return units
+
+    def _layout(self, sizes: Mapping[str, int]) -> Iterator[tuple[Segment, int, int]]:
+        """(segment, its first entry, entries per unit)"""
+        offset = 0
         for segment in self.segments:
             width = segment.width(sizes)
-            units = torch.as_tensor(kept.get(segment.axis, range(sizes[segment.axis])), dtype=torch.long)
-            chosen.append((offset + units[:, None] * width + torch.arange(width)).flatten())  # [units, width] -> flat
-            offset += sizes[segment.axis] * width
-        return torch.cat(chosen)
+            yield segment, offset, width
+            offset += segment.num_units(sizes) * width
+
+
+def _number(name: str, sizes: Mapping[str, int]) -> int:
+    return int(name) if name.isdigit() else sizes[name]

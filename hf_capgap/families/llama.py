@@ -1,44 +1,71 @@
-"""Llama and its closest relatives: pre-norm decoders with RoPE, grouped-query attention and a gated MLP."""
+"""Llama and its relatives: decoders with RoPE, grouped-query attention and a gated MLP."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
-from .family import Branch, Family, Rule
+from .family import Branch, Family, Rule, When
 
-_LAYER = "model.layers.{layer}."
-_Q, _KV = "q_heads*head_dim", "kv_heads*head_dim"
+LAYER_PREFIX = "model.layers.{layer}."
+QUERIES, KEYS = "q_heads*head_dim", "kv_heads*head_dim"
 
-_PARAMETERS = {
+WHOLE_GROUPS = Rule(
+    "num_attention_heads must be a multiple of num_key_value_heads", lambda s: s["q_heads"] % s["kv_heads"] == 0
+)
+EVEN_HEAD_DIM = Rule("head_dim must be even (rotary positions)", lambda s: s["head_dim"] % 2 == 0)
+HIDDEN_BY_HEADS = Rule(
+    "hidden_size must be a multiple of num_attention_heads (the config class insists, even with an explicit head_dim)",
+    lambda s: s["hidden"] % s["q_heads"] == 0,
+)
+
+UNTIED_HEAD = {"lm_head.weight": When("tie_word_embeddings", False)}
+
+
+def in_layers(parameters: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """The same parameters in every decoder layer."""
+    return {LAYER_PREFIX + name: dimensions for name, dimensions in parameters.items()}
+
+
+ENDS = {
     "model.embed_tokens.weight": ("vocab", "hidden"),
-    _LAYER + "input_layernorm.weight": ("hidden",),
-    _LAYER + "self_attn.q_proj.weight": (_Q, "hidden"),
-    _LAYER + "self_attn.q_proj.bias": (_Q,),
-    _LAYER + "self_attn.k_proj.weight": (_KV, "hidden"),
-    _LAYER + "self_attn.k_proj.bias": (_KV,),
-    _LAYER + "self_attn.v_proj.weight": (_KV, "hidden"),
-    _LAYER + "self_attn.v_proj.bias": (_KV,),
-    _LAYER + "self_attn.o_proj.weight": ("hidden", _Q),
-    _LAYER + "self_attn.o_proj.bias": ("hidden",),
-    _LAYER + "post_attention_layernorm.weight": ("hidden",),
-    _LAYER + "mlp.gate_proj.weight": ("neurons", "hidden"),
-    _LAYER + "mlp.gate_proj.bias": ("neurons",),
-    _LAYER + "mlp.up_proj.weight": ("neurons", "hidden"),
-    _LAYER + "mlp.up_proj.bias": ("neurons",),
-    _LAYER + "mlp.down_proj.weight": ("hidden", "neurons"),
-    _LAYER + "mlp.down_proj.bias": ("hidden",),
     "model.norm.weight": ("hidden",),
     "lm_head.weight": ("vocab", "hidden"),
 }
+ATTENTION = in_layers(
+    {
+        "self_attn.q_proj.weight": (QUERIES, "hidden"),
+        "self_attn.k_proj.weight": (KEYS, "hidden"),
+        "self_attn.v_proj.weight": (KEYS, "hidden"),
+        "self_attn.o_proj.weight": ("hidden", QUERIES),
+    }
+)
+QKV_BIASES = in_layers(
+    {
+        "self_attn.q_proj.bias": (QUERIES,),
+        "self_attn.k_proj.bias": (KEYS,),
+        "self_attn.v_proj.bias": (KEYS,),
+    }
+)
+OUTPUT_BIAS = in_layers({"self_attn.o_proj.bias": ("hidden",)})
+HEAD_NORMS = in_layers({"self_attn.q_norm.weight": ("head_dim",), "self_attn.k_norm.weight": ("head_dim",)})
+GATED_MLP = in_layers(
+    {
+        "mlp.gate_proj.weight": ("neurons", "hidden"),
+        "mlp.up_proj.weight": ("neurons", "hidden"),
+        "mlp.down_proj.weight": ("hidden", "neurons"),
+    }
+)
+MLP_BIASES = in_layers(
+    {
+        "mlp.gate_proj.bias": ("neurons",),
+        "mlp.up_proj.bias": ("neurons",),
+        "mlp.down_proj.bias": ("hidden",),
+    }
+)
+PRE_NORMS = in_layers({"input_layernorm.weight": ("hidden",), "post_attention_layernorm.weight": ("hidden",)})
 
-_WHOLE_GROUPS = Rule(
-    "num_attention_heads must be a multiple of num_key_value_heads", lambda s: s["q_heads"] % s["kv_heads"] == 0
-)
-_EVEN_HEAD_DIM = Rule("head_dim must be even (rotary positions)", lambda s: s["head_dim"] % 2 == 0)
-_HIDDEN_BY_HEADS = Rule(
-    "hidden_size must be a multiple of num_attention_heads (LlamaConfig insists, even with an explicit head_dim)",
-    lambda s: s["hidden"] % s["q_heads"] == 0,
-)
+ATTENTION_BIASES = {"*.self_attn.?_proj.bias": When("attention_bias", True)}
 
 _TINY = {
     "vocab_size": 96,
@@ -65,40 +92,122 @@ LLAMA = Family(
         "neurons": "intermediate_size",
         "vocab": "vocab_size",
     },
-    parameters=_PARAMETERS,
-    layers="model.layers",
-    embedding="model.embed_tokens",
-    norms=(_LAYER + "input_layernorm", _LAYER + "post_attention_layernorm", "model.norm"),
+    parameters={**ENDS, **ATTENTION, **QKV_BIASES, **OUTPUT_BIAS, **GATED_MLP, **MLP_BIASES, **PRE_NORMS},
+    optional={**UNTIED_HEAD, **ATTENTION_BIASES, "*.mlp.*.bias": When("mlp_bias", True)},
+    norms={
+        LAYER_PREFIX + "input_layernorm": "hidden",
+        LAYER_PREFIX + "post_attention_layernorm": "hidden",
+        "model.norm": "hidden",
+    },
     branches=(
         Branch(reads="input_layernorm", writes="self_attn.o_proj"),
         Branch(reads="post_attention_layernorm", writes="mlp.down_proj"),
     ),
-    heads_site="self_attn.o_proj",
-    neurons_site="mlp.down_proj",
-    rules=(_WHOLE_GROUPS, _EVEN_HEAD_DIM, _HIDDEN_BY_HEADS),
+    rules=(WHOLE_GROUPS, EVEN_HEAD_DIM, HIDDEN_BY_HEADS),
+    defaults={"tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False},
     tiny_config=_TINY,
 )
 
 MISTRAL = replace(
     LLAMA,
     model_type="mistral",
-    rules=(_WHOLE_GROUPS, _EVEN_HEAD_DIM),
+    parameters={**ENDS, **ATTENTION, **GATED_MLP, **PRE_NORMS},
+    optional=UNTIED_HEAD,
+    rules=(WHOLE_GROUPS, EVEN_HEAD_DIM),
+    defaults={"tie_word_embeddings": False, "num_key_value_heads": 8},
     tiny_config={**_TINY, "sliding_window": 16},
 )
 
 QWEN2 = replace(
     MISTRAL,
     model_type="qwen2",
+    parameters={**MISTRAL.parameters, **QKV_BIASES},
+    defaults={"tie_word_embeddings": False, "num_key_value_heads": 32},
     tiny_config={**_TINY, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2},
 )
 
 QWEN3 = replace(
     QWEN2,
     model_type="qwen3",
-    parameters={
-        **_PARAMETERS,
-        _LAYER + "self_attn.q_norm.weight": ("head_dim",),
-        _LAYER + "self_attn.k_norm.weight": ("head_dim",),
+    parameters={**QWEN2.parameters, **OUTPUT_BIAS, **HEAD_NORMS},
+    optional={**UNTIED_HEAD, **ATTENTION_BIASES},
+    defaults={
+        "tie_word_embeddings": False,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "attention_bias": False,
     },
-    tiny_config={**_TINY, "head_dim": 16},
+    tiny_config={**QWEN2.tiny_config, "head_dim": 16},
+)
+
+# Every so many layers one without rotary positions.
+SMOLLM3 = replace(
+    LLAMA,
+    model_type="smollm3",
+    per_layer_fields=("layer_types", "no_rope_layers"),
+    rules=(WHOLE_GROUPS, EVEN_HEAD_DIM),
+    defaults={"tie_word_embeddings": True, "num_key_value_heads": 4, "attention_bias": False, "mlp_bias": False},
+    tiny_config={**_TINY, "no_rope_layer_interval": 2, "tie_word_embeddings": True},
+)
+
+# Norms after the branches instead of before, and over all query or key heads at once.
+OLMO2 = replace(
+    QWEN3,
+    model_type="olmo2",
+    parameters={
+        **ENDS,
+        **ATTENTION,
+        **QKV_BIASES,
+        **OUTPUT_BIAS,
+        **GATED_MLP,
+        **in_layers(
+            {
+                "self_attn.q_norm.weight": (QUERIES,),
+                "self_attn.k_norm.weight": (KEYS,),
+                "post_attention_layernorm.weight": ("hidden",),
+                "post_feedforward_layernorm.weight": ("hidden",),
+            }
+        ),
+    },
+    norms={
+        LAYER_PREFIX + "self_attn.q_norm": QUERIES,
+        LAYER_PREFIX + "self_attn.k_norm": KEYS,
+        LAYER_PREFIX + "post_attention_layernorm": "hidden",
+        LAYER_PREFIX + "post_feedforward_layernorm": "hidden",
+        "model.norm": "hidden",
+    },
+    branches=(
+        Branch(reads="self_attn", writes="post_attention_layernorm"),
+        Branch(reads="mlp", writes="post_feedforward_layernorm"),
+    ),
+    per_layer_fields=(),
+    defaults={"tie_word_embeddings": False, "attention_bias": False},
+    tiny_config=_TINY,
+)
+
+# Queries, keys and values in one projection, gate and up in another.
+PHI3 = replace(
+    LLAMA,
+    model_type="phi3",
+    parameters={
+        **ENDS,
+        **in_layers(
+            {
+                "self_attn.qkv_proj.weight": (f"{QUERIES} + {KEYS} + {KEYS}", "hidden"),
+                "self_attn.o_proj.weight": ("hidden", QUERIES),
+                "mlp.gate_up_proj.weight": ("neurons + neurons", "hidden"),
+                "mlp.down_proj.weight": ("hidden", "neurons"),
+            }
+        ),
+        **PRE_NORMS,
+    },
+    optional=UNTIED_HEAD,
+    branches=(
+        Branch(reads="input_layernorm", writes="resid_attn_dropout"),
+        Branch(reads="post_attention_layernorm", writes="resid_mlp_dropout"),
+    ),
+    per_layer_fields=(),
+    rules=(WHOLE_GROUPS, EVEN_HEAD_DIM),
+    defaults={"tie_word_embeddings": False},
+    tiny_config={**_TINY, "sliding_window": 16},
 )

@@ -2,104 +2,98 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from math import prod
-from typing import Any
-
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from typing import TYPE_CHECKING
 
 from ..errors import UnsupportedModelError
-from .axes import Dimension
-from .family import Family
-from .llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from .experts import MIXTRAL, QWEN3_MOE
+from .family import Config, Family
+from .gemma import GEMMA2, GEMMA3
+from .gpt import GPT2, GPT_NEOX, OPT
+from .llama import LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3
 
-FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+if TYPE_CHECKING:
+    import torch
 
-
-@dataclass(frozen=True)
-class Entry:
-    """One parameter and the axes of its dimensions; `layer` is None outside the decoder layers."""
-
-    name: str
-    layer: int | None
-    dimensions: tuple[Dimension, ...]
-
-
-@dataclass(frozen=True)
-class Inventory:
-    """Every distinct parameter of a model (tied ones once), as its family's table explains it."""
-
-    family: Family
-    entries: tuple[Entry, ...]
-
-    def num_parameters(self, sizes: Mapping[str, int]) -> int:
-        """Parameters of a model of this make with other `sizes` of the axes, none wider or deeper than this one."""
-        return sum(
-            count * prod(dimension.size(sizes) for dimension in dimensions)
-            for dimensions, count in self._layouts(sizes["layers"]).items()
-        )
-
-    def _layouts(self, num_layers: int) -> Counter[tuple[Dimension, ...]]:
-        """How many parameters of each layout the first `num_layers` layers and everything outside them have."""
-        if num_layers not in self._layouts_by_depth:
-            self._layouts_by_depth[num_layers] = Counter(
-                entry.dimensions for entry in self.entries if entry.layer is None or entry.layer < num_layers
-            )
-        return self._layouts_by_depth[num_layers]
-
-    @cached_property
-    def _layouts_by_depth(self) -> dict[int, Counter[tuple[Dimension, ...]]]:
-        return {}  # the solver asks thousands of times
+_ALL = (
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, OLMO2, PHI3),
+    *(GEMMA2, GEMMA3),
+    *(GPT2, GPT_NEOX, OPT),
+    *(MIXTRAL, QWEN3_MOE),
+)
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _ALL}
 
 
-def family_for(config: PreTrainedConfig) -> Family:
-    """The family of a config.
+def supported_model_types() -> list[str]:
+    """The `model_type`s that can be scored and cut."""
+    return sorted(FAMILIES)
+
+
+def family_for(config: Config) -> Family:
+    """The family of a config, or of the content of a `config.json`.
 
     Raises:
-        UnsupportedModelError: No table describes this `model_type`.
+        UnsupportedModelError: No table describes this `model_type`, or this model departs from its table.
     """
+    model_type = config.get("model_type") if isinstance(config, Mapping) else config.model_type
     try:
-        return FAMILIES[config.model_type]
+        family = FAMILIES[model_type]
     except KeyError:
-        raise _unsupported("No family table describes this model", config.model_type) from None
+        raise _unsupported("No family table describes this model", model_type) from None
+    for condition in family.requires:
+        if not family.holds(condition, config):
+            raise _unsupported(
+                f"The {model_type} table covers only models with {condition.field}={condition.equals!r}",
+                f"{condition.field}={family.value(config, condition.field)!r}",
+            )
+    return family
 
 
-def audit(model: torch.nn.Module) -> Inventory:
-    """Check that the family's table claims every dimension of every parameter of `model`.
+def audit(model: torch.nn.Module) -> Family:
+    """Check that the family's table claims every dimension of every parameter of `model`, and no parameter besides.
+
+    Returns:
+        The family.
 
     Raises:
-        UnsupportedModelError: Unknown family, or a parameter that the table does not name or whose shape it does not
-            explain. The message names the parameter; nothing has been changed.
+        UnsupportedModelError: Unknown family, or a parameter that the table does not name, whose shape it does not
+            explain, or that is missing. The message names the parameter; nothing has been changed.
     """
     family = family_for(model.config)
     sizes = family.sizes(model.config)
-    entries = tuple(
-        _explain(name, tuple(parameter.shape), family, sizes) for name, parameter in model.named_parameters()
-    )
+    present = dict(model.named_parameters())
+    for name, parameter in present.items():
+        _check(name, _logical_shape(parameter), family, sizes)
+    for parameter in family.parameters_of(model.config):
+        if parameter.name not in present:
+            raise _unsupported(f"The model lacks a parameter of the {family.model_type} table", parameter.name)
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for name in model.state_dict():
+    for name in () if is_quantized(model) else model.state_dict():  # a quantised layer stores its scales as buffers
         if name not in known:
             raise _unsupported(f"The {family.model_type} table has no place for a stored buffer", name)
-    return Inventory(family, entries)
+    return family
 
 
-def _explain(name: str, shape: tuple[int, ...], family: Family, sizes: Mapping[str, int]) -> Entry:
-    found = family.dimensions(name)
+def is_quantized(model: torch.nn.Module) -> bool:
+    """Whether `model` was loaded with packed weights, which can be scored but not cut."""
+    return getattr(model.config, "quantization_config", None) is not None
+
+
+def _logical_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    packed = getattr(parameter, "quant_state", None)  # bitsandbytes: two 4-bit weights to a byte, in one column
+    return tuple(parameter.shape if packed is None else packed.shape)
+
+
+def _check(name: str, shape: tuple[int, ...], family: Family, sizes: Mapping[str, int]) -> None:
+    found = family.explain(name)
     if found is None:
         raise _unsupported(f"The {family.model_type} table does not name the parameter {name}", f"shape {shape}")
-    layer, dimensions = found
-    expected = tuple(dimension.size(sizes) for dimension in dimensions)
-    if shape != expected:
+    if shape != found.shape(sizes):
         raise _unsupported(
-            f"The parameter {name} does not have the shape {expected} that the {family.model_type} table gives",
+            f"The parameter {name} does not have the shape {found.shape(sizes)} that the {family.model_type} table "
+            "gives",
             f"shape {shape}",
         )
-    return Entry(name, layer, dimensions)
 
 
 def _unsupported(cause: str, found: object) -> UnsupportedModelError:
@@ -107,24 +101,5 @@ def _unsupported(cause: str, found: object) -> UnsupportedModelError:
         cause,
         found=found,
         fix=f"Supported families: {', '.join(supported_model_types())}. "
-        "Adapters and quantised weights must be merged first.",
+        "Adapters must be merged first. docs/adding_a_family.md says how to add a family.",
     )
-
-
-def inventory_of(config: PreTrainedConfig) -> Inventory:
-    """The inventory of the model that `config` describes, built without weights."""
-    family_for(config)
-    return _inventory_of(config.model_type, json.dumps(config.to_dict(), sort_keys=True, default=str))
-
-
-@lru_cache(maxsize=32)
-def _inventory_of(model_type: str, config_json: str) -> Inventory:
-    values: dict[str, Any] = json.loads(config_json)
-    config = AutoConfig.for_model(model_type, **{key: value for key, value in values.items() if key != "model_type"})
-    with torch.device("meta"):
-        return audit(AutoModelForCausalLM.from_config(config))
-
-
-def supported_model_types() -> list[str]:
-    """The `model_type`s that can be scored and cut."""
-    return sorted(FAMILIES)

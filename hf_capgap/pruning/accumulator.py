@@ -1,24 +1,18 @@
-"""From gate gradients of micro-batches to scores: absolute value per unit, mean over units, hash of what was seen."""
+"""From sums of micro-batches to scores: one value per unit and calibration unit, their mean, hash of what was seen."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
 
-from ..errors import ConfigError, ScoresError
+from ..errors import ScoresError
 from ..labels import IGNORE_INDEX
 from ..lineage import public_name
-from .scores import METRICS, UNITS, ExpressiveScores, combine_hashes
-
-
-def check_choices(unit: str, metric: str) -> None:
-    """Raises `ConfigError` if `unit` or `metric` is not one of the known ones."""
-    for name, value, choices in (("unit", unit, UNITS), ("metric", metric, METRICS)):
-        if value not in choices:
-            raise ConfigError(f"Unknown {name} of scores", found=value, fix=f"Choose one of: {', '.join(choices)}.")
+from .metrics import METRICS
+from .scores import ExpressiveScores, combine_hashes
 
 
 def count_targets(labels: torch.Tensor) -> torch.Tensor:
@@ -27,12 +21,23 @@ def count_targets(labels: torch.Tensor) -> torch.Tensor:
 
 
 class ScoreAccumulator:
-    """Adds up absolute gate gradients in float64 and turns their mean into `ExpressiveScores`."""
+    """Adds up what a recorder took, in float64, and turns the mean into `ExpressiveScores`.
 
-    def __init__(self, config: PreTrainedConfig, *, unit: str, metric: str):
-        self._config, self._unit, self._metric = config, unit, metric
+    Args:
+        model: The scored model.
+        unit: `"batch"` or `"example"`.
+        metric: A key of `METRICS`.
+        skip_overflow: Leave out micro-batches with non-finite values instead of refusing them: those of a float16 run
+            whose loss scale was too high, as its optimizer step is left out.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, unit: str, metric: str, skip_overflow: bool = False):
+        self._model, self._unit, self._metric = model, unit, metric
+        self._finish = METRICS[metric].finish
+        self._skip_overflow = skip_overflow
         self._sums: dict[str, torch.Tensor] = {}
         self._num_units = 0
+        self._num_seen = 0
         self._hashes: list[str] = []
 
     @property
@@ -41,42 +46,42 @@ class ScoreAccumulator:
         return self._num_units
 
     def add(
-        self,
-        gradients: Mapping[str, torch.Tensor],
-        num_targets: torch.Tensor,
-        token_weight: float,
-        batch: Mapping[str, torch.Tensor],
+        self, taken: Mapping[str, torch.Tensor], divisors: torch.Tensor, batch: Mapping[str, torch.Tensor]
     ) -> None:
         """Add one micro-batch.
 
         Args:
-            gradients: What `GateRecorder.take` returned: one row per example, or one for the batch.
-            num_targets: Valid targets of each example, [batch].
-            token_weight: Weight of each target's cross-entropy in the loss that ran backward. The gradients of a mean
-                over n targets follow by dividing by token_weight · n.
+            taken: What a recorder's `take` returned: one row per example, or one for the batch.
+            divisors: Of each row, [rows]: the weight of its targets in the loss that ran backward times their number,
+                which makes the sums those of a mean over targets. Rows with 0 do not count.
             batch: `input_ids` and `labels`, for the hash of the calibration data.
 
         Raises:
-            ScoresError: A non-finite gradient.
+            ScoresError: A non-finite value.
         """
-        num_targets = num_targets.cpu().double()
-        rows = num_targets if self._unit == "example" else num_targets.sum().reshape(1)
-        valid = rows > 0
+        self._num_seen += 1
+        divisors = divisors.cpu().double()
+        valid = divisors != 0
         if not valid.any():
             return
-        for name, gradient in gradients.items():
-            scaled = gradient[valid].double() / (token_weight * rows[valid]).view(-1, *[1] * (gradient.dim() - 1))
+        values = {}
+        for name, rows in taken.items():
+            rows = rows.cpu()[valid].double()
+            scaled = rows / divisors[valid].view(-1, *[1] * (rows.dim() - 1))
             if not torch.isfinite(scaled).all():
+                if self._skip_overflow:
+                    return
                 raise ScoresError(
-                    f"Non-finite gradient of {name} in calibration batch {len(self._hashes)}",
+                    f"Non-finite values of {name} in calibration batch {self._num_seen - 1}",
                     fix="Check the data and the model's dtype (float16 overflows easily; bfloat16 does not).",
                 )
-            total = scaled.abs().sum(0)
+            values[name] = self._finish(scaled).sum(0)
+        for name, total in values.items():
             self._sums[name] = self._sums[name] + total if name in self._sums else total
         self._num_units += int(valid.sum())
         self._hashes.append(_hash_batch(batch))
 
-    def result(self) -> ExpressiveScores:
+    def result(self, fingerprint: torch.Tensor) -> ExpressiveScores:
         """The mean of everything added.
 
         Raises:
@@ -92,10 +97,19 @@ class ScoreAccumulator:
             metric=self._metric,
             unit=self._unit,
             num_units=self._num_units,
-            model_type=self._config.model_type,
-            model_name=public_name(self._config.name_or_path),
             calibration_hash=combine_hashes(self._hashes),
+            fingerprint=fingerprint,
+            **describe_scored(self._model),
         )
+
+
+def describe_scored(model: torch.nn.Module) -> dict[str, Any]:
+    """What scores record of the model that they are of."""
+    return {
+        "model_type": model.config.model_type,
+        "model_name": public_name(model.config.name_or_path),
+        "revision": getattr(model, "hub_commit", None),
+    }
 
 
 def _hash_batch(batch: Mapping[str, torch.Tensor]) -> str:

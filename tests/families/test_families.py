@@ -2,84 +2,248 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from students import ALL_FAMILIES, MIXTURES, SMALLER
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, PreTrainedConfig
 
 from hf_capgap import score
 from hf_capgap.errors import UnsupportedModelError
-from hf_capgap.families import FAMILIES, audit, family_for, inventory_of, supported_model_types
+from hf_capgap.families import FAMILIES, audit, family_for, supported_model_types
 from hf_capgap.families.axes import Dimension
 
 # Units of each axis in the hand-written examples below.
-SIZES = {"hidden": 3, "q_heads": 4, "kv_heads": 2, "head_dim": 2, "neurons": 3, "vocab": 5}
+SIZES = {"hidden": 3, "q_heads": 4, "kv_heads": 2, "head_dim": 2, "neurons": 3, "vocab": 5, "positions": 6}
+
+# The switches of parameters that a family's config class has, besides the tie, and their other setting.
+SWITCHES = {
+    **dict.fromkeys(ALL_FAMILIES, {}),
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "qwen3": {"attention_bias": True},
+    "smollm3": {"attention_bias": True, "mlp_bias": True},
+    "olmo2": {"attention_bias": True},
+    "gemma2": {"attention_bias": True},
+    "gemma3_text": {"attention_bias": True},
+    "gpt_neox": {"attention_bias": False},
+    "opt": {"enable_bias": False, "layer_norm_elementwise_affine": False},
+    "qwen3_moe": {"attention_bias": True},
+}
+SETTINGS = [
+    (model_type, tied, options)
+    for model_type, switches in SWITCHES.items()
+    for options in [
+        {},
+        *({name: value} for name, value in switches.items()),
+        *([switches] if len(switches) > 1 else []),
+    ]
+    for tied in (False, True)
+]
 
 
 def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
     return AutoConfig.for_model(model_type, **{**FAMILIES[model_type].tiny_config, **overrides})
 
 
-def bias_options(model_type: str) -> list[dict[str, bool]]:
-    """The settings of the bias switches that the family's config class really has."""
-    fields = [name for name in ("attention_bias", "mlp_bias") if hasattr(tiny_config(model_type), name)]
-    return [{}, *({name: True} for name in fields), dict.fromkeys(fields, True)]
+def without(model_type: str, *names: str) -> dict[str, Any]:
+    """The tiny config's arguments but `names`."""
+    return {name: value for name, value in FAMILIES[model_type].tiny_config.items() if name not in names}
 
 
 def numel(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+# --- what the tables claim -----------------------------------------------------------------------------------------
+
+
+def test_families_are_those_of_the_plan():
+    planned = "llama mistral qwen2 qwen3 smollm3 olmo2 phi3 gemma2 gemma3_text gpt2 gpt_neox opt mixtral qwen3_moe"
+    assert set(FAMILIES) == set(planned.split())
+    assert supported_model_types() == sorted(FAMILIES)
+    assert all(FAMILIES[name].model_type == name for name in FAMILIES)
+
+
+@pytest.mark.parametrize(("model_type", "tied", "options"), SETTINGS, ids=str)
+def test_table_names_every_parameter_with_its_shape(make_model, model_type, tied, options):
+    model = make_model(model_type, tie_word_embeddings=tied, **options)
+    family = audit(model)
+    assert family is FAMILIES[model_type] is family_for(model.config)
+    sizes = family.sizes(model.config)
+    claimed = {parameter.name: parameter.shape(sizes) for parameter in family.parameters_of(model.config)}
+    assert claimed == {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert ("lm_head.weight" in claimed) is not tied
+    assert family.num_parameters(model.config) == numel(model)
+
+
+@pytest.mark.parametrize("model_type", ALL_FAMILIES)
+def test_every_switch_of_the_table_is_among_those_tested_and_changes_the_model(make_model, model_type):
+    """Keeps the test above from passing because nothing was switched."""
+    family = FAMILIES[model_type]
+    assert {when.field for when in family.optional.values()} == {"tie_word_embeddings", *SWITCHES[model_type]}
+    for glob in family.optional:
+        assert any(fnmatchcase(name, glob) for name in family.parameters), glob
+    plain = {name for name, _ in make_model(model_type).named_parameters()}
+    for name, value in SWITCHES[model_type].items():
+        assert {name for name, _ in make_model(model_type, **{name: value}).named_parameters()} != plain
+
+
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_audit_claims_every_parameter(make_model, model_type, tied):
-    for biases in bias_options(model_type):
-        model = make_model(model_type, tie_word_embeddings=tied, **biases)
-        inventory = audit(model)
-        assert [entry.name for entry in inventory.entries] == [name for name, _ in model.named_parameters()]
-        assert any(entry.name == "lm_head.weight" for entry in inventory.entries) is not tied
-        assert inventory.num_parameters(family_for(model.config).sizes(model.config)) == numel(model)
+@pytest.mark.parametrize("model_type", ALL_FAMILIES)
+def test_table_names_every_tensor_of_a_checkpoint(make_model, tmp_path, model_type, tied):
+    model = make_model(model_type, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    family = FAMILIES[model_type]
+    sizes = family.sizes(model.config)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    claimed = {parameter.name: parameter.shape(sizes) for parameter in family.stored_parameters_of(model.config)}
+    for theirs, ours in family.written_names:
+        stored = {
+            ours + name.removeprefix(theirs) if name.startswith(theirs) else name: stored[name] for name in stored
+        }
+    assert claimed == stored
+    for name in stored:
+        assert family.explain(name).shape(sizes) == stored[name]
+    experts = {parameter.expert for parameter in family.stored_parameters_of(model.config)}
+    assert experts == ({None, 0, 1, 2, 3} if model_type in MIXTURES else {None})
 
 
-def test_bias_switches_of_llama_and_qwen3_are_among_the_tested_options():
-    """Keeps the test above from passing because `bias_options` found nothing to switch on."""
-    assert {"attention_bias": True, "mlp_bias": True} in bias_options("llama")
-    assert {"attention_bias": True} in bias_options("qwen3")
+@pytest.mark.parametrize("model_type", ALL_FAMILIES)
+def test_names_that_are_no_parameters_are_not_explained(model_type):
+    family = FAMILIES[model_type]
+    name = next(parameter.name for parameter in family.parameters_of(tiny_config(model_type)) if parameter.layer == 0)
+    assert family.explain(name).layer == 0
+    for wrong in (f"{name}.more", f"more.{name}", name.replace(".0.", ".x."), name.replace(".0.", "."), ""):
+        assert family.explain(wrong) is None
+    assert family.explain(name.replace(".0.", ".27.")).layer == 27
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_inventory_predicts_the_count_of_a_smaller_model_that_is_really_built(model_type, tied):
-    smaller = {
-        "num_hidden_layers": 3,
-        "hidden_size": 42,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 3,
-        "intermediate_size": 37,
+SIZE_FIELDS = {
+    "num_hidden_layers": "layers",
+    "hidden_size": "hidden",
+    "num_attention_heads": "q_heads",
+    "num_key_value_heads": "kv_heads",
+    "intermediate_size": "neurons",
+    "num_experts": "experts",
+}
+
+
+@pytest.mark.parametrize(("model_type", "tied", "options"), SETTINGS, ids=str)
+def test_count_of_a_smaller_model_is_that_of_the_model_that_is_really_built(model_type, tied, options):
+    family, teacher = FAMILIES[model_type], tiny_config(model_type, tie_word_embeddings=tied, **options)
+    sizes = {SIZE_FIELDS[name]: value for name, value in SMALLER[model_type].items()}
+    smaller = {family.config_fields[axis]: size for axis, size in sizes.items() if axis in family.config_fields}
+    if model_type == "opt":
+        smaller["word_embed_proj_dim"] = smaller["hidden_size"]
+    if model_type == "gemma3_text":
+        smaller["layer_types"] = teacher.layer_types[:2]
+    student = tiny_config(model_type, tie_word_embeddings=tied, **options, **smaller)
+    counted = numel(AutoModelForCausalLM.from_config(student))
+    assert family.num_parameters(teacher, sizes) == family.num_parameters(student) == counted
+    assert counted < family.num_parameters(teacher)
+
+
+# --- configs that leave something open -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ALL_FAMILIES)
+def test_defaults_are_those_of_the_config_class(model_type):
+    """A `config.json` that leaves a field out means what the class takes."""
+    family, config = FAMILIES[model_type], AutoConfig.for_model(model_type)
+    for name, value in family.defaults.items():
+        assert getattr(config, name) == value, name
+    read = {
+        "tie_word_embeddings",
+        *(when.field for when in (*family.optional.values(), *family.requires)),
+        *([family.parallel.field] if family.parallel else []),
     }
-    for biases in bias_options(model_type):
-        teacher = tiny_config(model_type, tie_word_embeddings=tied, **biases)
-        student = tiny_config(model_type, tie_word_embeddings=tied, **biases, **smaller)
-        predicted = inventory_of(teacher).num_parameters(family_for(student).sizes(student))
-        assert predicted == numel(AutoModelForCausalLM.from_config(student))
+    assert read <= set(family.defaults)
+    for name in read:  # and from nothing at all
+        assert family.value({}, name) == getattr(config, name), name
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", ALL_FAMILIES)
+def test_dict_of_a_config_file_says_what_the_config_says(model_type):
+    """With each field that has a default left out in turn."""
+    family = FAMILIES[model_type]
+    open_fields = [
+        name
+        for name in (*family.defaults, *(family.config_fields[axis] for axis in family.config_fields if axis in OPEN))
+        if name in family.tiny_config
+    ]
+    for dropped in (None, *open_fields):
+        arguments = without(model_type, dropped)
+        config = AutoConfig.for_model(model_type, **arguments)
+        written = json.loads(config.to_json_string(use_diff=False))
+        for content in (written, {"model_type": model_type, **arguments}):
+            assert family_for(content) is family
+            assert family.sizes(content) == family.sizes(config), dropped
+            assert family.tied(content) == family.tied(config)
+            assert family.num_parameters(content) == family.num_parameters(config)
+            assert list(family.parameters_of(content)) == list(family.parameters_of(config))
+
+
+OPEN = ("kv_heads", "head_dim")
+
+
+@pytest.mark.parametrize("model_type", ALL_FAMILIES)
 def test_audit_accepts_a_config_that_does_not_say_head_dim(model_type):
-    """Older Llama and all Qwen2 configs leave it out; the model classes then take hidden / heads (Qwen3: 128)."""
-    overrides = {name: value for name, value in FAMILIES[model_type].tiny_config.items() if name != "head_dim"}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **overrides))
+    """Older Llama and all Qwen2 configs leave it out; the classes then take hidden / heads, Gemma 256, Qwen3 128."""
+    config = AutoConfig.for_model(model_type, **without(model_type, "head_dim"))
+    model = AutoModelForCausalLM.from_config(config)
     audit(model)
-    rows_of_a_head = model.model.layers[0].self_attn.q_proj.weight.shape[0] // model.config.num_attention_heads
-    assert FAMILIES[model_type].sizes(model.config)["head_dim"] == rows_of_a_head
+    expected = {"gemma2": 256, "gemma3_text": 256, "qwen3": 128}.get(model_type, 8)
+    assert FAMILIES[model_type].sizes(config)["head_dim"] == expected
 
 
-def test_kv_groups_fall_back_to_the_query_heads():
-    sizes = FAMILIES["llama"].sizes(tiny_config("llama", num_key_value_heads=None))
-    assert sizes["kv_heads"] == sizes["q_heads"]
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "smollm3", "olmo2", "phi3"])
+def test_kv_groups_fall_back_to_the_query_heads(make_model, model_type):
+    """In the families whose config classes take null for it."""
+    model = make_model(model_type, num_key_value_heads=None)
+    audit(model)
+    written = {**json.loads(model.config.to_json_string()), "num_key_value_heads": None}
+    for config in (model.config, written):
+        assert FAMILIES[model_type].sizes(config)["kv_heads"] == 8
+
+
+def test_neurons_of_gpt2_fall_back_to_four_times_the_width(make_model):
+    model = make_model("gpt2", n_inner=None)
+    audit(model)
+    assert FAMILIES["gpt2"].sizes(model.config)["neurons"] == 256
+
+
+def test_number_of_experts_goes_by_two_names():
+    for name in ("num_experts", "num_local_experts"):
+        content = {"model_type": "qwen3_moe", **without("qwen3_moe", "num_experts"), name: 6}
+        assert FAMILIES["qwen3_moe"].sizes(content)["experts"] == 6
+
+
+def test_families_need_no_torch():
+    """Plans are made from configs alone."""
+    code = """
+import sys
+from hf_capgap.families import FAMILIES, family_for
+for name, family in FAMILIES.items():
+    content = {"model_type": name, **family.tiny_config}
+    assert family_for(content).num_parameters(content) > 10_000
+loaded = {"torch", "transformers", "safetensors"} & set(sys.modules)
+assert not loaded, loaded
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------
 
 
 def assert_refused(model: nn.Module, *named: str) -> None:
@@ -93,13 +257,59 @@ def assert_refused(model: nn.Module, *named: str) -> None:
         assert torch.equal(tensor, before[name])
 
 
+BLOOM = BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2)
+
+
 def test_unknown_model_type_is_refused_by_name():
-    config = GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2)
-    assert_refused(AutoModelForCausalLM.from_config(config), "gpt2")
-    with pytest.raises(UnsupportedModelError, match="gpt2"):
-        family_for(config)
-    with pytest.raises(UnsupportedModelError, match="gpt2"):
-        inventory_of(config)
+    assert_refused(AutoModelForCausalLM.from_config(BLOOM), "bloom", "docs/adding_a_family.md")
+    for config in (BLOOM, BLOOM.to_dict(), {"model_type": "bloom"}):
+        with pytest.raises(UnsupportedModelError, match="bloom"):
+            family_for(config)
+    with pytest.raises(UnsupportedModelError, match="No family table describes this model"):
+        family_for({"hidden_size": 64})
+
+
+REQUIRED = [
+    ("gpt2", "scale_attn_by_inverse_layer_idx", True),
+    ("gpt2", "add_cross_attention", True),
+    ("opt", "do_layer_norm_before", False),
+    ("opt", "_remove_final_layer_norm", True),
+    ("qwen3_moe", "decoder_sparse_step", 2),
+    ("qwen3_moe", "mlp_only_layers", [0]),
+]
+
+
+@pytest.mark.parametrize(("model_type", "field", "value"), REQUIRED)
+def test_model_that_departs_from_its_table_is_refused_by_the_field(make_model, model_type, field, value):
+    """Cut by the table, its student would load and compute something else."""
+    config = tiny_config(model_type, **{field: value})
+    for found in (config, {"model_type": model_type, **FAMILIES[model_type].tiny_config, field: value}):
+        with pytest.raises(UnsupportedModelError) as caught:
+            family_for(found)
+        for text in (model_type, field, repr(value)):
+            assert text in str(caught.value)
+    assert_refused(make_model(model_type, **{field: value}), field)
+
+
+def test_every_requirement_is_tested():
+    fields = {(name, when.field) for name, family in FAMILIES.items() for when in family.requires}
+    assert fields == {(name, field) for name, field, _ in REQUIRED}
+
+
+def test_opt_with_projected_embeddings_is_refused(make_model):
+    """As opt-350m: its embeddings are narrower than its layers."""
+    assert_refused(make_model("opt", word_embed_proj_dim=32), "embed_tokens", "(96, 32)")
+
+
+@pytest.mark.parametrize("model_type", ALL_FAMILIES)
+def test_missing_parameter_is_refused_by_name(make_model, model_type):
+    model = make_model(model_type)
+    family = FAMILIES[model_type]
+    layer = model.get_submodule(family.layers)[2]
+    name = next(name for name, parameter in layer.named_parameters() if parameter.dim() == 1)
+    parent, _, leaf = name.rpartition(".")
+    setattr(layer.get_submodule(parent), leaf, None)
+    assert_refused(model, f"{family.layers}.2.{name}")
 
 
 def test_extra_parameter_is_refused_by_name(make_model):
@@ -129,11 +339,14 @@ def test_peft_wrapped_model_is_refused_until_merged(make_model):
 
 
 def test_scoring_refuses_before_it_reads_any_batch():
-    model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2))
+    model = AutoModelForCausalLM.from_config(BLOOM)
     batches = iter([{"input_ids": torch.zeros(1, 4, dtype=torch.long)}])
     with pytest.raises(UnsupportedModelError):
         score(model, batches)
     assert next(batches)
+
+
+# --- the language of dimensions ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -158,6 +371,11 @@ def test_scoring_refuses_before_it_reads_any_batch():
         # a segment whose axis stays whole beside one that is cut
         ("kv_heads*head_dim + neurons", 7, {"neurons": [1]}, [0, 1, 2, 3, 5]),
         ("hidden", 3, {"hidden": []}, []),
+        # OPT: two rows besides the positions, which no axis owns
+        ("positions + 2", 8, {"hidden": [1]}, None),
+        ("positions + 2", 8, {"positions": [0, 3]}, [0, 3, 6, 7]),
+        ("2 + positions", 8, {"positions": [0, 3]}, [0, 1, 2, 5]),
+        ("3*neurons", 9, {"hidden": [1]}, None),
     ],
 )
 def test_dimension_language(text, size, kept, expected):
@@ -171,3 +389,39 @@ def test_dimension_language(text, size, kept, expected):
 def test_keeping_every_unit_keeps_every_entry(text):
     indices = Dimension.parse(text).indices(SIZES, {"q_heads": list(range(SIZES["q_heads"]))})
     assert indices.tolist() == list(range(Dimension.parse(text).size(SIZES)))
+
+
+@pytest.mark.parametrize(
+    ("text", "axis", "expected"),
+    [
+        ("hidden", "hidden", [0, 1, 2]),
+        ("hidden", "neurons", [-1, -1, -1]),
+        ("kv_heads*head_dim", "kv_heads", [0, 0, 1, 1]),
+        ("kv_heads*head_dim", "head_dim", [-1, -1, -1, -1]),  # a width, not an axis
+        ("kv_heads*3*head_dim", "kv_heads", [0] * 6 + [1] * 6),
+        ("neurons + neurons", "neurons", [0, 1, 2, 0, 1, 2]),
+        ("q_heads*head_dim + kv_heads*head_dim", "kv_heads", [-1] * 8 + [0, 0, 1, 1]),
+        ("q_heads*head_dim + kv_heads*head_dim", "q_heads", [0, 0, 1, 1, 2, 2, 3, 3] + [-1] * 4),
+        ("positions + 2", "positions", [0, 1, 2, 3, 4, 5, -1, -1]),
+    ],
+)
+def test_owners_of_entries(text, axis, expected):
+    assert Dimension.parse(text).owners(axis, SIZES).tolist() == expected
+
+
+@pytest.mark.parametrize("model_type", ALL_FAMILIES)
+def test_owners_and_kept_entries_agree_on_every_dimension(model_type):
+    """The entries kept of an axis are those that its kept units own, and all of other axes."""
+    family = FAMILIES[model_type]
+    sizes = family.sizes(tiny_config(model_type))
+    seen = set()
+    for dimensions in (*family.parameters.values(), *family.stored.values()):
+        for dimension in map(Dimension.parse, dimensions):
+            for axis in dimension.axes & sizes.keys():
+                owners = dimension.owners(axis, sizes)
+                assert len(owners) == dimension.size(sizes)
+                kept = [unit for unit in range(sizes[axis]) if unit % 3 != 1]
+                expected = [entry for entry, unit in enumerate(owners) if unit < 0 or unit % 3 != 1]
+                assert sorted(dimension.indices(sizes, {axis: kept})) == expected
+                seen.add(axis)
+    assert seen >= {"hidden", "q_heads", "neurons", "vocab"}

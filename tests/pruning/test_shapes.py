@@ -6,9 +6,21 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GPT2Config, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from students import ALL_FAMILIES, HEADS_MAKE_HIDDEN, MIXTURES
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BloomConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from hf_capgap import StudentShape, solve_shape
 from hf_capgap.errors import ShapeError, UnsupportedModelError
@@ -29,6 +41,21 @@ def published(config_class, vocab, hidden, neurons, layers, heads, kv_heads, tie
     )
 
 
+def of_family(model_type, vocab, hidden, neurons, layers, heads, kv_heads=None, **extra) -> PreTrainedConfig:
+    """Everything else, ties among it, is the config class's default."""
+    groups = {} if kv_heads is None else {"num_key_value_heads": kv_heads}
+    return AutoConfig.for_model(
+        model_type,
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=neurons,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        **groups,
+        **extra,
+    )
+
+
 # name: (config, parameters as published)
 PUBLISHED = {
     "Llama-2-7B": (published(LlamaConfig, 32000, 4096, 11008, 32, 32, 32), 6_738_415_616),
@@ -39,6 +66,34 @@ PUBLISHED = {
     "Qwen2.5-7B": (published(Qwen2Config, 152064, 3584, 18944, 28, 28, 4), 7_615_616_512),
     "Qwen3-0.6B": (published(Qwen3Config, 151936, 1024, 3072, 28, 16, 8, tied=True, head_dim=128), 596_049_920),
     "Qwen3-8B": (published(Qwen3Config, 151936, 4096, 12288, 36, 32, 8, head_dim=128), 8_190_735_360),
+    "SmolLM3-3B": (of_family("smollm3", 128256, 2048, 11008, 36, 16, 4), 3_075_098_624),
+    "OLMo-2-7B": (of_family("olmo2", 100352, 4096, 11008, 32, 32, 32), 7_298_617_344),
+    "Phi-3-mini": (of_family("phi3", 32064, 3072, 8192, 32, 32, 32), 3_821_079_552),
+    "Gemma-2-2B": (of_family("gemma2", 256000, 2304, 9216, 26, 8, 4, head_dim=256), 2_614_341_888),
+    "Gemma-3-1B": (of_family("gemma3_text", 262144, 1152, 6912, 26, 4, 1, head_dim=256), 999_885_952),
+    "GPT-2": (AutoConfig.for_model("gpt2"), 124_439_808),
+    "GPT-2-XL": (AutoConfig.for_model("gpt2", n_embd=1600, n_layer=48, n_head=25), 1_557_611_200),
+    "Pythia-160M": (of_family("gpt_neox", 50304, 768, 3072, 12, 12), 162_322_944),
+    "Pythia-1B": (of_family("gpt_neox", 50304, 2048, 8192, 16, 8), 1_011_781_632),
+    "OPT-125M": (AutoConfig.for_model("opt"), 125_239_296),
+    "OPT-1.3B": (
+        AutoConfig.for_model(
+            "opt",
+            hidden_size=2048,
+            word_embed_proj_dim=2048,
+            ffn_dim=8192,
+            num_hidden_layers=24,
+            num_attention_heads=32,
+        ),
+        1_315_758_080,
+    ),
+    "Mixtral-8x7B": (of_family("mixtral", 32000, 4096, 14336, 32, 32, 8), 46_702_792_704),
+    "Qwen3-30B-A3B": (
+        of_family(
+            "qwen3_moe", 151936, 2048, 6144, 48, 32, 4, head_dim=128, moe_intermediate_size=768, num_experts=128
+        ),
+        30_532_122_624,
+    ),
 }
 CONFIGS = {name: config for name, (config, _) in PUBLISHED.items()}
 LLAMA_2_7B, LLAMA_3_8B, QWEN3_8B = (CONFIGS[name] for name in ("Llama-2-7B", "Llama-3-8B", "Qwen3-8B"))
@@ -59,14 +114,15 @@ def num_teacher_parameters(config: PreTrainedConfig) -> int:
 
 def shape_in(message: str) -> StudentShape:
     """The shape that a message names."""
-    fields = re.search(r"StudentShape\((.*?)\)", message).group(1)
+    fields = re.search(r"StudentShape\((.*?)\)", message).group(1)  # an absent num_experts is not written
     return StudentShape(**{name: int(value) for name, value in (field.split("=") for field in fields.split(", "))})
 
 
 def assert_balanced(shape: StudentShape, config: PreTrainedConfig, spread: float) -> None:
     """Hidden size, heads and neurons keep about the same fraction of their units."""
-    names = ("hidden_size", "num_attention_heads", "intermediate_size")
-    kept = [getattr(shape, name) / getattr(config, name) for name in names]
+    teacher = StudentShape.of(config)
+    names = ["hidden_size", "intermediate_size", *["num_attention_heads"] * (teacher.num_key_value_heads > 1)]
+    kept = [getattr(shape, name) / getattr(teacher, name) for name in names]
     assert max(kept) / min(kept) < spread
 
 
@@ -85,14 +141,16 @@ def test_solved_shape_is_legal_and_near_the_target(name, kept):
     config, wanted = CONFIGS[name], kept * num_teacher_parameters(CONFIGS[name])
     shape = solve_shape(config, f"{wanted / 1e9:.4f}B")
     shape.check_within(config)
-    assert shape.num_parameters(config) == pytest.approx(wanted, rel=0.04)
+    narrow_experts = name == "Qwen3-30B-A3B"  # 768 neurons in steps of 128
+    assert shape.num_parameters(config) == pytest.approx(wanted, rel=0.06 if narrow_experts else 0.04)
     assert shape.num_hidden_layers == config.num_hidden_layers
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_solved_shape_splits_the_cut_evenly_over_the_dimensions(name):
-    """The reference's square-root split; the smallest models have only two KV groups to choose from."""
-    assert_balanced(solve_shape(CONFIGS[name], "40%"), CONFIGS[name], spread=1.25)
+    """The reference's square-root split, as far as a handful of KV groups, or of heads that make the width, allow."""
+    spread = {"SmolLM3-3B": 1.26, "Pythia-160M": 1.36}.get(name, 1.25)
+    assert_balanced(solve_shape(CONFIGS[name], "40%"), CONFIGS[name], spread=spread)
 
 
 def test_target_is_read_in_every_notation():
@@ -161,6 +219,10 @@ def test_any_solved_shape_is_legal_balanced_and_near(name, percent, tensor_paral
     try:
         shape = solve_shape(config, f"{percent}%", num_hidden_layers=layers, tensor_parallel=tensor_parallel)
     except ShapeError as error:  # fewer layers cannot reach the largest targets
+        if StudentShape.of(config).num_key_value_heads < tensor_parallel:
+            message = str(error)
+            assert f"tensor_parallel={tensor_parallel}" in message
+            return
         nearest = shape_in(str(error))
         nearest.check_within(config)
         assert abs(nearest.num_parameters(config) / wanted - 1) > 0.08
@@ -236,8 +298,8 @@ def test_impossible_options_are_refused(options):
 
 
 def test_unknown_family_is_refused():
-    with pytest.raises(UnsupportedModelError, match="gpt2"):
-        solve_shape(GPT2Config(), "40%")
+    with pytest.raises(UnsupportedModelError, match="bloom"):
+        solve_shape(BloomConfig(), "40%")
 
 
 # --- explicit shapes -----------------------------------------------------------------------------------------------
@@ -289,9 +351,23 @@ def test_illegal_shape_is_refused_with_the_reason_and_the_nearest_legal_one(chan
 def test_query_heads_that_break_a_group_are_refused():
     """Llama-3 has four query heads in a KV group: the reference implementation counted 22 of them and broke one."""
     shape = replace(StudentShape.of(LLAMA_3_8B), num_attention_heads=22, num_key_value_heads=8)
-    assert "a group has 4 query heads" in refusal(shape, LLAMA_3_8B)
+    message = refusal(shape, LLAMA_3_8B)
+    assert "22 query heads in 8 KV groups" in message
+    assert "at most the teacher's 4" in message
     nearest = nearest_legal(shape, LLAMA_3_8B)
-    assert nearest.num_attention_heads == 4 * nearest.num_key_value_heads
+    assert (nearest.num_attention_heads, nearest.num_key_value_heads) in [(21, 7), (22, 11), (24, 8), (24, 6)]
+    with_more = replace(shape, num_attention_heads=30, num_key_value_heads=6)  # five in a group of four
+    assert "30 query heads in 6 KV groups" in refusal(with_more, LLAMA_3_8B)
+
+
+@pytest.mark.parametrize("queries", [1, 2, 3, 4])
+def test_every_group_may_keep_fewer_query_heads(queries):
+    shape = replace(StudentShape.of(QWEN3_8B), num_attention_heads=7 * queries, num_key_value_heads=7)
+    shape.check_within(QWEN3_8B)
+    assert shape.queries_per_group == queries
+    per_head = 36 * 2 * 4096 * 128  # a query head's rows of q_proj and columns of o_proj
+    whole = replace(shape, num_attention_heads=28)
+    assert whole.num_parameters(QWEN3_8B) - shape.num_parameters(QWEN3_8B) == 7 * (4 - queries) * per_head
 
 
 def test_hidden_size_is_bound_to_the_heads_in_llama_only():
@@ -324,20 +400,131 @@ def test_nearest_legal_shape_is_always_legal_and_a_legal_shape_is_its_own(name, 
     assert nearest_legal(nearest, config) == nearest
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", ALL_FAMILIES)
 def test_every_shape_that_passes_the_check_is_accepted_by_the_config_class(model_type):
     """The rules in the table are those of the config classes: a shape that passes can be saved and loaded."""
-    config_class = type(next(config for config in CONFIGS.values() if config.model_type == model_type))
-    config = config_class(**FAMILIES[model_type].tiny_config)
+    family = FAMILIES[model_type]
+    config = AutoConfig.for_model(model_type, **family.tiny_config)
     teacher = StudentShape.of(config)
-    for num_groups in range(1, teacher.num_key_value_heads + 1):
-        for hidden in range(1, teacher.hidden_size + 1):
-            shape = replace(
-                teacher, hidden_size=hidden, num_key_value_heads=num_groups, num_attention_heads=2 * num_groups
-            )
-            if not family_for(config).broken_rules(shape.sizes()):
+    num_legal = 0
+    for groups in range(1, teacher.num_key_value_heads + 1):
+        for queries in range(1, teacher.queries_per_group + 1):
+            for hidden in range(1, teacher.hidden_size + 1):
+                shape = replace(
+                    teacher, hidden_size=hidden, num_key_value_heads=groups, num_attention_heads=groups * queries
+                )
+                if family.broken_rules({**family.sizes(config), **shape.sizes()}):
+                    continue
+                num_legal += 1
                 shape.check_within(config)
-                config_class(**{**config.to_dict(), **shape.as_dict()})
+                values = config.to_dict()
+                sizes = shape.sizes()
+                values.update({name: sizes[axis] for axis, name in family.config_fields.items() if axis in sizes})
+                assert StudentShape.of(type(config).from_dict(values)) == shape
+    assert num_legal >= 8
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gemma3_text", "smollm3", "phi3", "mistral", "olmo2"])
+def test_hidden_size_that_the_heads_do_not_divide_is_refused_where_the_family_refuses_it(model_type):
+    """Neither too strict nor too lax: what a table refuses, the config class or the model refuses, too."""
+    family = FAMILIES[model_type]
+    config = AutoConfig.for_model(model_type, **{**family.tiny_config, "num_hidden_layers": 1, "layer_types": None})
+    shape = replace(StudentShape.of(config), hidden_size=60)  # eight heads
+    builds = True
+    try:
+        values = {**family.tiny_config, "num_hidden_layers": 1, "layer_types": None, "hidden_size": 60}
+        student = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
+        student(input_ids=torch.arange(8)[None])
+    except StrictDataclassClassValidationError:  # of the config classes
+        builds = False
+    assert bool(family.broken_rules({**family.sizes(config), **shape.sizes()})) is not builds
+
+
+# --- families where the width is made of heads ---------------------------------------------------------------------
+
+HEADS_CONFIGS = {name: CONFIGS[name] for name in ("GPT-2", "GPT-2-XL", "Pythia-160M", "Pythia-1B", "OPT-1.3B")}
+
+
+@pytest.mark.parametrize("target", ["75%", "50%", "30%"])
+@pytest.mark.parametrize("name", HEADS_CONFIGS)
+def test_solver_finds_widths_that_are_made_of_heads(name, target):
+    config = HEADS_CONFIGS[name]
+    shape = solve_shape(config, target)
+    teacher = StudentShape.of(config)
+    assert shape.hidden_size == shape.num_attention_heads * shape.head_dim < teacher.hidden_size
+    assert shape.num_key_value_heads == shape.num_attention_heads
+    assert shape.head_dim == teacher.head_dim
+    wanted = int(target[:-1]) / 100 * num_teacher_parameters(config)
+    assert shape.num_parameters(config) == pytest.approx(wanted, rel=0.06)
+
+
+@pytest.mark.parametrize("model_type", HEADS_MAKE_HIDDEN)
+def test_width_without_its_heads_is_refused_with_the_rule(model_type):
+    config = AutoConfig.for_model(model_type, **FAMILIES[model_type].tiny_config)
+    teacher = StudentShape.of(config)
+    rule = "hidden_size must be num_attention_heads × head_dim"
+    for changes in (
+        {"hidden_size": 56},
+        {"hidden_size": 63},
+        {"num_attention_heads": 7, "num_key_value_heads": 7},
+        {"num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 40},
+    ):
+        assert rule in refusal(replace(teacher, **changes), config)
+    replace(teacher, num_attention_heads=7, num_key_value_heads=7, hidden_size=56).check_within(config)
+
+
+# --- mixtures of experts -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Mixtral-8x7B", "Qwen3-30B-A3B"])
+def test_experts_are_those_asked_for(name):
+    config = CONFIGS[name]
+    num_experts = StudentShape.of(config).num_experts // 2
+    shape = solve_shape(config, "30%", num_experts=num_experts)
+    assert shape.num_experts == num_experts
+    assert shape.num_parameters(config) == pytest.approx(0.3 * num_teacher_parameters(config), rel=0.04)
+    assert solve_shape(config, "30%").num_experts == StudentShape.of(config).num_experts
+    assert (shape.hidden_size % 8, shape.intermediate_size % 8) == (0, 0)
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"num_experts": 1}, "num_experts must be at least num_experts_per_tok"),
+        ({"num_experts": 5}, "num_experts 5 is wider than the teacher's 4"),
+        ({"num_experts": 0}, "num_experts must be a positive integer"),
+        ({"hidden_size": 44}, "hidden_size must be a multiple of 8"),
+        ({"intermediate_size": 20}, "intermediate_size must be a multiple of 8"),
+    ],
+    ids=str,
+)
+def test_impossible_mixtures_are_refused(model_type, changes, reason):
+    config = AutoConfig.for_model(model_type, **FAMILIES[model_type].tiny_config)
+    assert reason in refusal(replace(StudentShape.of(config), **changes), config)
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+@pytest.mark.parametrize("width", ["hidden", "neurons"])
+def test_grouped_matrix_products_really_want_multiples_of_8(model_type, width):
+    """When this fails, torch has learnt it, and the rule can go."""
+    family = FAMILIES[model_type]
+    tokens = torch.arange(8)[None]
+    for size, legal in ((24, True), (20, False)):
+        values = {**family.tiny_config, family.config_fields[width]: size}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values), dtype=torch.bfloat16)
+        assert bool(family.broken_rules(family.sizes(model.config))) is not legal
+        if legal:
+            assert model(input_ids=tokens).logits.isfinite().all()
+        else:
+            with pytest.raises(RuntimeError, match="16 bytes"):
+                model(input_ids=tokens)
+
+
+def test_experts_of_a_model_without_are_refused():
+    shape = replace(StudentShape.of(LLAMA_3_8B), num_experts=4)
+    assert "the teacher is no mixture of experts" in refusal(shape, LLAMA_3_8B)
+    assert replace(shape, num_experts=None).as_dict().get("num_experts") is None
 
 
 def test_percent_smaller_is_not_read_as_percent():

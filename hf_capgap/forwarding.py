@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..compat import without_compile
+from .compat import without_compile
 
 
 def run_inside(

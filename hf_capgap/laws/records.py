@@ -1,0 +1,233 @@
+"""`RunRecord`: what one training run teaches the laws, and the files that such records are kept in."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import FitError, LawError, RecordError
+from ..extras import require
+from .sizes import SMALLEST_COUNT, check_counts, check_losses
+
+FILE_NAME = "runs.jsonl"
+_COUNTS = ("num_params", "num_tokens", "num_teacher_params", "num_teacher_tokens")
+_LOSSES = ("loss", "teacher_loss")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """One finished run: a model of some size, trained on some tokens, and the loss that came out.
+
+    Args:
+        num_params: Parameters of the trained model outside its embeddings.
+        num_tokens: Tokens that it was trained on.
+        loss: Its cross-entropy on held-out text, nats per token. None if nobody measured it; NaN if the run diverged.
+        dataset: The data. Losses on different data cannot be compared, and are never fitted together.
+        teacher: Name of the teacher; None for training on text alone.
+        num_teacher_params: The teacher's parameters outside its embeddings.
+        num_teacher_tokens: Tokens that the teacher was trained on, if known.
+        teacher_loss: The teacher's cross-entropy on the same held-out text, nats per token.
+        seed: Seed of the run.
+        run: Label that several records of one training run share (checkpoints); they are resampled and held out
+            together.
+
+    Raises:
+        RecordError: Sizes that are negative, not finite or lack their unit, losses that cannot be, no dataset, or
+            facts about a teacher without its name.
+    """
+
+    num_params: float
+    num_tokens: float
+    loss: float | None
+    dataset: str
+    teacher: str | None = None
+    num_teacher_params: float | None = None
+    num_teacher_tokens: float | None = None
+    teacher_loss: float | None = None
+    seed: int | None = None
+    run: str | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            for name in _COUNTS:
+                value = getattr(self, name)
+                if value is not None or name in ("num_params", "num_tokens"):
+                    # A test run may see a handful of tokens; a fit refuses it.
+                    check_counts(name, value, smallest=0.0 if name.endswith("tokens") else SMALLEST_COUNT)
+            for name in _LOSSES:
+                value = getattr(self, name)
+                if value is not None and not _is_nan(value):
+                    check_losses(name, value)
+        except LawError as error:
+            raise RecordError(str(error)) from error
+        if not isinstance(self.dataset, str) or not self.dataset.strip():
+            raise RecordError("A record does not say which data it is of", found=self.dataset, fix="Name its dataset.")
+        if self.teacher is None:
+            known = [name for name in ("num_teacher_params", "num_teacher_tokens", "teacher_loss") if self.has(name)]
+            if known:
+                raise RecordError("A record describes a teacher without naming it", found=known, fix="Set teacher.")
+
+    def has(self, name: str) -> bool:
+        """Whether a fact is there and a number."""
+        value = getattr(self, name)
+        return value is not None and bool(np.isfinite(value))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain JSON, without what is not known."""
+        known = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return {"loss": None, **known}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunRecord:
+        """A record from `to_dict`'s form; facts with other names are left out.
+
+        Raises:
+            RecordError: A fact that every record has is missing, or has a value that cannot be.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        missing = [
+            name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in values
+        ]
+        if missing:
+            raise RecordError("A record lacks what every record says", found=missing, fix=f"It has {sorted(values)}.")
+        return cls(**{name: value for name, value in values.items() if name in fields})
+
+
+def append_record(path: str | os.PathLike, record: RunRecord) -> None:
+    """Add one line to a JSON Lines file, in one write, so that runs that end together do not mix their lines."""
+    line = json.dumps(record.to_dict()) + "\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+def read_records(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[RunRecord]:
+    """The records of JSON Lines (`.jsonl`) and Parquet (`.parquet`) files, and of the `runs.jsonl` below folders.
+
+    Raises:
+        RecordError: A file that is missing or damaged, or a record that cannot be; the message names file and line.
+    """
+    if isinstance(paths, (str, os.PathLike)):
+        paths = [paths]
+    return [record for path in paths for file in _files(Path(path)) for record in _read_file(file)]
+
+
+def write_records(path: str | os.PathLike, records: Sequence[RunRecord]) -> None:
+    """Write records to a `.jsonl` or `.parquet` file, which appears only when it is complete.
+
+    Raises:
+        RecordError: Another kind of file.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    if path.suffix == ".parquet":
+        pyarrow, parquet = _pyarrow()
+        names = [field.name for field in dataclasses.fields(RunRecord)]
+        rows = [{name: getattr(record, name) for name in names} for record in records]
+        write = lambda: parquet.write_table(pyarrow.Table.from_pylist(rows), partial)  # noqa: E731
+    elif path.suffix == ".jsonl":
+        text = "".join(json.dumps(record.to_dict()) + "\n" for record in records)
+        write = lambda: partial.write_text(text, encoding="utf-8")  # noqa: E731
+    else:
+        raise _unknown_kind(path)
+    try:
+        write()
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_fittable(records: Iterable[RunRecord], needs: Sequence[str], num_needed: int, purpose: str) -> None:
+    """Raises `FitError` unless `records` can be fitted together.
+
+    Args:
+        records: Those that the fit would use.
+        needs: Facts that each of them must have, `loss` among them.
+        num_needed: How many there must be.
+        purpose: What is fitted, for the message.
+    """
+    records = list(records)
+    datasets = sorted({record.dataset for record in records})
+    if len(datasets) > 1:
+        raise FitError(
+            "Records of different datasets cannot be pooled: their losses are not comparable",
+            found=", ".join(datasets),
+            fix="Fit each dataset alone.",
+        )
+    for name in needs:
+        for what, is_wrong in (
+            ("is not finite (a run that diverged)", lambda value: value is not None and not np.isfinite(value)),
+            ("is not known", lambda value: value is None),
+        ):
+            wrong = [i for i, record in enumerate(records) if is_wrong(getattr(record, name))]
+            if wrong:
+                raise FitError(
+                    f"The {name} of {len(wrong)} of {len(records)} records {what}",
+                    found=f"first: {records[wrong[0]]}",
+                    fix="Leave them out, or measure it.",
+                )
+    if len(records) < num_needed:
+        raise FitError(
+            f"Too few records to fit {purpose}: {num_needed} are needed at least", found=len(records), fix="Run more."
+        )
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    found = sorted(path.rglob(FILE_NAME))
+    if not found:
+        raise RecordError(f"No {FILE_NAME} in or below the folder", found=str(path))
+    return found
+
+
+def _read_file(path: Path) -> list[RunRecord]:
+    try:
+        rows = _rows(path)
+    except OSError as error:
+        raise RecordError("The records cannot be read", found=f"{path}: {error.strerror}") from error
+    records = []
+    for number, row in enumerate(rows, 1):
+        try:
+            values = json.loads(row) if isinstance(row, str) else row
+            if not isinstance(values, dict):
+                raise RecordError("Not a JSON object", found=values)
+            records.append(RunRecord.from_dict(values))
+        except json.JSONDecodeError as error:
+            raise RecordError(f"Line {number} of {path.name} is not JSON: {error}", found=row[:80]) from error
+        except RecordError as error:
+            raise RecordError(f"Record {number} of {path.name}: {error}") from error
+    return records
+
+
+def _rows(path: Path) -> list[Any]:
+    if path.suffix == ".parquet":
+        pyarrow, parquet = _pyarrow()
+        try:
+            return parquet.read_table(path).to_pylist()
+        except pyarrow.ArrowInvalid as error:
+            raise RecordError("The Parquet file is damaged", found=f"{path.name}: {error}") from error
+    if path.suffix == ".jsonl":
+        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    raise _unknown_kind(path)
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    return require("pyarrow", extra="all"), require("pyarrow.parquet", extra="all")
+
+
+def _unknown_kind(path: Path) -> RecordError:
+    return RecordError("Not a file of records", found=path.name, fix="Records are in .jsonl or .parquet files.")
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, (float, np.floating)) and not np.isfinite(value)
