@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from ..errors import FitError, LawError
 from .capacity import CapacityGapLaw
 from .distilled import DistillationLaw
-from .records import RunRecord
+from .records import Records, as_records
 from .supervised import SupervisedLaw
 
 
@@ -34,13 +33,13 @@ class Laws:
         return self.distillation.supervised
 
     @classmethod
-    def fit(cls, records: Iterable[RunRecord], **options: Any) -> Laws:
+    def fit(cls, records: Records, **options: Any) -> Laws:
         """All laws from the user's own runs; see the `fit` of each law.
 
         Raises:
             FitError: Records that a law cannot be fitted to, or that show no best teacher size.
         """
-        records = list(records)
+        records = as_records(records)
         gap = CapacityGapLaw.fit(records)
         if gap.law is None:
             raise FitError(

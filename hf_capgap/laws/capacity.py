@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from numpy.typing import ArrayLike
 from ..errors import LawError
 from . import published
 from .fitting import NUM_BOOTSTRAP
-from .records import RunRecord
+from .records import Records
 from .sizes import check_counts, warn_outside
 
 
@@ -81,7 +80,7 @@ class CapacityGapLaw:
         return dataclasses.asdict(self)
 
     @classmethod
-    def fit(cls, records: Iterable[RunRecord], *, num_bootstrap: int = NUM_BOOTSTRAP, seed: int = 0) -> Any:
+    def fit(cls, records: Records, *, num_bootstrap: int = NUM_BOOTSTRAP, seed: int = 0) -> Any:
         """Find each student's best teacher, and the line through them.
 
         For each student size and token budget, the student's loss is fitted by a quadratic in the logarithm of the
@@ -90,7 +89,7 @@ class CapacityGapLaw:
         quadratics (not possible with three runs for each student, which leave no scatter).
 
         Args:
-            records: `RunRecord`s of one dataset, with `num_teacher_params`.
+            records: `RunRecord`s of one dataset, with `num_teacher_params`; or a file or folder of them.
             num_bootstrap: Samples of the interval: students are resampled, and the residuals of each one's quadratic.
             seed: Of the bootstrap.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +9,7 @@ from scipy.special import stdtrit
 
 from .capacity import CapacityGapLaw
 from .fitting import LEVEL, Coefficient, fit_form
-from .records import RunRecord, check_fittable
+from .records import Records, RunRecord, as_records, check_fittable
 from .sizes import format_size
 
 NO_MINIMUM = "no minimum inside the range"
@@ -80,9 +79,9 @@ class CapacityGapFit:
         return "\n".join(lines)
 
 
-def fit_capacity_gap(records: Iterable[RunRecord], *, num_bootstrap: int, seed: int) -> CapacityGapFit:
+def fit_capacity_gap(records: Records, *, num_bootstrap: int, seed: int) -> CapacityGapFit:
     """See `CapacityGapLaw.fit`."""
-    used = [record for record in records if record.teacher is not None]
+    used = [record for record in as_records(records) if record.teacher is not None]
     check_fittable(used, ("loss", "num_teacher_params"), _FEWEST_TEACHERS, "the capacity-gap law (one student)")
     curves = [curve for group in _groups(used) if (curve := _Curve.of(group)) is not None]
     check_fittable(

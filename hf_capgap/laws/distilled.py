@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from . import published
 from .fitting import Coefficient
+from .records import Records
 from .sizes import check_counts, check_losses, warn_outside
 from .supervised import ScalingLaw, SupervisedLaw
 
@@ -132,7 +133,7 @@ class DistillationLaw(ScalingLaw):
     @classmethod
     def fit(
         cls,
-        records: Iterable[Any],
+        records: Records,
         *,
         supervised: SupervisedLaw | None = None,
         fixed: Mapping[str, float] | None = None,
@@ -141,7 +142,7 @@ class DistillationLaw(ScalingLaw):
         """Fit the law to the runs with a teacher among `records`.
 
         Args:
-            records: `RunRecord`s of one dataset.
+            records: `RunRecord`s of one dataset; or a file or folder of them.
             supervised: The supervised law of the same data; fitted to the runs without a teacher if None.
             fixed: Coefficients to hold at a value.
             options: `huber_delta`, `num_bootstrap` and `seed` of `fitting.fit_form`.

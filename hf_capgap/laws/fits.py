@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from ..errors import FitError, LawError
 from .distilled import DistillationLaw
 from .fitting import LEVEL, Optimum, fit_form
-from .records import RunRecord, check_fittable
+from .records import Records, RunRecord, as_records, check_fittable
 from .sizes import check_counts, check_losses, format_size
 from .supervised import ScalingLaw, SupervisedLaw
 
@@ -113,22 +113,22 @@ class Fit(Generic[L]):
 
 
 def fit_supervised(
-    records: Iterable[RunRecord], *, fixed: Mapping[str, float] | None = None, **options: Any
+    records: Records, *, fixed: Mapping[str, float] | None = None, **options: Any
 ) -> Fit[SupervisedLaw]:
     """See `SupervisedLaw.fit`."""
-    used = [record for record in records if record.teacher is None]
+    used = [record for record in as_records(records) if record.teacher is None]
     return _fit(SupervisedLaw, used, ("num_params", "num_tokens"), fixed, options, "the supervised law")
 
 
 def fit_distillation(
-    records: Iterable[RunRecord],
+    records: Records,
     *,
     supervised: SupervisedLaw | None = None,
     fixed: Mapping[str, float] | None = None,
     **options: Any,
 ) -> Fit[DistillationLaw]:
     """See `DistillationLaw.fit`."""
-    records = list(records)
+    records = as_records(records)
     used = [record for record in records if record.teacher is not None]
     if supervised is None:
         check_fittable(records, (), 0, "the distillation law")  # one dataset, before the longer fit

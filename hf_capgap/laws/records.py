@@ -100,6 +100,9 @@ class RunRecord:
         return cls(**{name: value for name, value in values.items() if name in fields})
 
 
+Records = str | os.PathLike | Iterable[RunRecord]  # a file or folder of records, or the records
+
+
 def append_record(path: str | os.PathLike, record: RunRecord) -> None:
     """Add one line to a JSON Lines file, in one write, so that runs that end together do not mix their lines."""
     line = json.dumps(record.to_dict()) + "\n"
@@ -119,6 +122,21 @@ def read_records(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
     return [record for path in paths for file in _files(Path(path)) for record in _read_file(file)]
+
+
+def as_records(records: Records) -> list[RunRecord]:
+    """Records as they are, or those of the files that are named.
+
+    Raises:
+        RecordError: As `read_records`, or something else than a record.
+    """
+    if isinstance(records, (str, os.PathLike)):
+        return read_records(records)
+    records = list(records)
+    strangers = [record for record in records if not isinstance(record, RunRecord)]
+    if strangers:
+        raise RecordError("Not a RunRecord", found=strangers[0], fix="RunRecord.from_dict makes one of a dict.")
+    return records
 
 
 def write_records(path: str | os.PathLike, records: Sequence[RunRecord]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from ..errors import LawError
 from . import published
 from .fitting import Coefficient
+from .records import Records
 from .sizes import check_counts, warn_outside
 
 
@@ -152,11 +153,11 @@ class SupervisedLaw(ScalingLaw):
         return total, np.stack(columns, axis=-1)
 
     @classmethod
-    def fit(cls, records: Iterable[Any], *, fixed: Mapping[str, float] | None = None, **options: Any) -> Any:
+    def fit(cls, records: Records, *, fixed: Mapping[str, float] | None = None, **options: Any) -> Any:
         """Fit the law to the runs without a teacher among `records`.
 
         Args:
-            records: `RunRecord`s of one dataset.
+            records: `RunRecord`s of one dataset; or a file or folder of them.
             fixed: Coefficients to hold at a value: `{"gamma": 1.0}` gives the form of Hoffmann et al.
             options: `huber_delta`, `num_bootstrap` and `seed` of `fitting.fit_form`.
 

@@ -96,7 +96,7 @@ def solve_shape(
         num_hidden_layers: Layers of the student; the teacher's if None.
         num_experts: Experts of each layer of the student; the teacher's if None.
         multiple_of: Hidden size and neurons are multiples of this, or the teacher's own; if None the largest of 256,
-            128, … 8 that is at most a sixteenth of the teacher's hidden size and leaves a choice.
+            128, … 8 that is at most a sixteenth of the teacher's own and leaves a choice.
         tensor_parallel: KV groups and neurons are divisible by so many devices.
         split: `"balanced"` or `"scores"`.
         scores: The teacher's scores, for `split="scores"`.
@@ -118,12 +118,12 @@ def solve_shape(
     cost = _split_cost(split, scores, base)
     if (multiple_of is not None and multiple_of < 1) or tensor_parallel < 1:
         raise ShapeError("multiple_of and tensor_parallel must be at least 1", found=(multiple_of, tensor_parallel))
-    step = _default_multiple(config, base) if multiple_of is None else multiple_of
-    candidates = list(_candidates(config, base, count, step, tensor_parallel, cost))
+    steps = _default_multiples(config, base) if multiple_of is None else (multiple_of, multiple_of)
+    candidates = list(_candidates(config, base, count, steps, tensor_parallel, cost))
     if not candidates:
         raise ShapeError(
             "No legal shape has these multiples",
-            found=f"multiple_of={step}, tensor_parallel={tensor_parallel}",
+            found=f"multiple_of={multiple_of or steps}, tensor_parallel={tensor_parallel}",
             fix="Lower them.",
         )
     close = [candidate for candidate in candidates if candidate.count_error <= _FARTHEST]
@@ -138,10 +138,18 @@ def solve_shape(
     )
 
 
-def _default_multiple(config: Config, base: StudentShape) -> int:
-    """The largest step that leaves a choice; where hidden = heads × head_dim only every so many steps are legal."""
-    steps = [step for step in _STEPS if step <= base.hidden_size // 16] or [1]
-    return next((step for step in steps if len(_legal_widths(config, base, step)) >= _FEWEST_HIDDEN_SIZES), steps[-1])
+def _default_multiples(config: Config, base: StudentShape) -> tuple[int, int]:
+    """(of the hidden size, of the neurons): the largest that leave a choice.
+
+    Where hidden = heads × head_dim only every so many steps are legal; experts are narrower than the hidden size.
+    """
+    steps = _steps_within(base.hidden_size)
+    step = next((s for s in steps if len(_legal_widths(config, base, s)) >= _FEWEST_HIDDEN_SIZES), steps[-1])
+    return step, min(step, _steps_within(base.intermediate_size)[0])
+
+
+def _steps_within(size: int) -> list[int]:
+    return [step for step in _STEPS if step <= size // 16] or [1]
 
 
 def _legal_widths(config: Config, base: StudentShape, step: int, parallel: int = 1) -> dict[int, list[int]]:
@@ -160,13 +168,14 @@ def _legal_widths(config: Config, base: StudentShape, step: int, parallel: int =
 
 
 def _candidates(
-    config: Config, base: StudentShape, count: int, step: int, parallel: int, cost: SplitCost
+    config: Config, base: StudentShape, count: int, steps: tuple[int, int], parallel: int, cost: SplitCost
 ) -> Iterator[_Candidate]:
     """Every legal hidden size and number of KV groups, each with the two legal neurons nearest to the count."""
     queries = base.queries_per_group
-    neuron_step = math.lcm(step, family_for(config).multiples.get("neurons", 1))
+    hidden_step, neuron_step = steps
+    neuron_step = math.lcm(neuron_step, family_for(config).multiples.get("neurons", 1))
     neuron_choices = np.array([n for n in _multiples(base.intermediate_size, neuron_step) if n % parallel == 0])
-    widths = _legal_widths(config, base, step, parallel)
+    widths = _legal_widths(config, base, hidden_step, parallel)
     legal = np.array([(hidden, groups) for hidden, choices in widths.items() for groups in choices])
     if not len(legal) or not len(neuron_choices):
         return

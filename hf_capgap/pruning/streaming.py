@@ -122,10 +122,7 @@ def _blocks(source: StoredTensor, plan: TensorCut) -> Iterator[torch.Tensor]:
     rescale = plan.rescale(source.parameter)
     row_bytes = math.prod(shape[1:]) * source.itemsize
     rows_per_block = max(1, _BLOCK_BYTES // row_bytes)
-    # Kept rows ascend within a segment only (fused projections begin again): a block never spans a step back.
-    starts = np.flatnonzero(np.diff(rows, prepend=rows[0]) < 0) if len(rows) else []
-    for segment in np.split(rows, starts):
-        first = segment[0]
-        for part in np.split(segment, np.flatnonzero(np.diff((segment - first) // rows_per_block)) + 1):
-            block = take(source.rows(int(part[0]), int(part[-1]) + 1), [part - part[0], *columns])
-            yield block if rescale is None else rescale(block)
+    # Kept rows ascend, in fused projections, too: their segments lie one after the other.
+    for part in np.split(rows, np.flatnonzero(np.diff((rows - rows[0]) // rows_per_block)) + 1):
+        block = take(source.rows(int(part[0]), int(part[-1]) + 1), [part - part[0], *columns])
+        yield block if rescale is None else rescale(block)

@@ -189,3 +189,18 @@ def test_the_line_is_plain_json_without_paths(tmp_path, student, teacher, blocks
     text = (tmp_path / "out" / "runs.jsonl").read_text()
     assert str(tmp_path) not in text
     assert RunRecord.from_dict(json.loads(text)).teacher == "my-teacher"
+
+
+def test_two_ranks_leave_one_line_with_losses_of_all_rows(tmp_path, student, teacher, blocks, launch_ranks) -> None:
+    """Seven rows in batches of two on two ranks: one rank sees rows twice, which must not count."""
+    student.save_pretrained(tmp_path / "student")
+    teacher.save_pretrained(tmp_path / "teacher")
+    rows = blocks.select(range(7))
+    torch.save(torch.tensor(rows["input_ids"][:]), tmp_path / "rows.pt")
+    script = Path(__file__).parent.parent / "scripts" / "run_log_ranks.py"
+    launch_ranks(script, tmp_path / "student", tmp_path / "teacher", tmp_path / "rows.pt", tmp_path / "out")
+    [record] = read_records(tmp_path / "out")
+    assert record.loss == pytest.approx(cross_entropy(student, rows), rel=1e-5)  # the learning rate is 0
+    assert record.teacher_loss == pytest.approx(cross_entropy(teacher, rows), rel=1e-5)
+    assert record.num_tokens == 2 * 2 * 2 * (LENGTH - 1)
+    assert record.num_params == num_non_embedding(student)

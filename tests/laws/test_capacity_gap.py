@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -142,6 +143,16 @@ def test_three_runs_leave_nothing_to_resample() -> None:
     assert fit.law.ratio == pytest.approx(2.5, rel=1e-6)
     assert fit.interval is None
     assert "no interval" in fit.verdict
+
+
+def test_bad_records_are_refused() -> None:
+    records = make_records(with_gap(2.5))
+    with pytest.raises(FitError, match="different datasets cannot be pooled"):
+        CapacityGapLaw.fit([replace(records[0], dataset="other"), *records[1:]])
+    with pytest.raises(FitError, match="The loss of 1 of 21 records is not finite"):
+        CapacityGapLaw.fit([replace(records[0], loss=math.nan), *records[1:]])
+    with pytest.raises(FitError, match="The num_teacher_params of 1 of 21 records is not known"):
+        CapacityGapLaw.fit([replace(records[0], num_teacher_params=None), *records[1:]])
 
 
 def test_too_few_teachers_or_runs_are_refused() -> None:

@@ -14,7 +14,8 @@ from conftest import SHARED_DATA
 from laboratory import LAW, distilled_records, held_out_points, list_runs, supervised_records
 
 from hf_capgap import DistillationLaw, RunRecord, SupervisedLaw
-from hf_capgap.errors import FitError
+from hf_capgap.errors import FitError, RecordError
+from hf_capgap.laws import write_records
 from hf_capgap.laws.published import CHINCHILLA_REFIT
 
 TRUTH = SupervisedLaw()
@@ -240,6 +241,15 @@ def test_tokens_without_their_unit_are_questioned() -> None:
     records = supervised_records(TRUTH, 20, 0.0, 0)
     with pytest.raises(FitError, match="num_tokens is less than 1,000.*Did you mean 100e9"):
         SupervisedLaw.fit([replace(records[0], num_tokens=100), *records[1:]])
+
+
+def test_records_are_also_read_from_their_files(tmp_path: Path) -> None:
+    records = supervised_records(TRUTH, 20, 0.01, 0)
+    write_records(tmp_path / "runs.jsonl", records)
+    fits = [SupervisedLaw.fit(some, num_bootstrap=0) for some in (records, tmp_path, str(tmp_path / "runs.jsonl"))]
+    assert fits[0].law == fits[1].law == fits[2].law
+    with pytest.raises(RecordError, match="Not a RunRecord"):
+        SupervisedLaw.fit([record.to_dict() for record in records])
 
 
 def test_residual_plots(tmp_path: Path) -> None:

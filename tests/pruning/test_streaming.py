@@ -85,7 +85,7 @@ def test_streamed_cut_is_the_cut_in_memory(make_model, tmp_path, model_type, tie
 @pytest.mark.parametrize("block_bytes", [1, 1000])
 @pytest.mark.parametrize("model_type", ALL_FAMILIES)
 def test_blocks_smaller_than_a_tensor_give_the_same_bits(make_model, tmp_path, monkeypatch, model_type, block_bytes):
-    """Row by row, and a few rows at a time: fused projections begin again at lower rows in every segment."""
+    """Row by row, and a few rows at a time."""
     teacher = make_model(model_type)
     teacher.save_pretrained(tmp_path / "teacher")
     stream(tmp_path / "teacher", tmp_path / "whole")
