@@ -185,6 +185,7 @@ def shape_of(model_type: str, **options: object) -> StudentShape:
     [
         ("llama", {"num_key_value_heads": 2}, (4, 2)),  # 8 query heads in 4 groups: groups go whole
         ("llama", {"num_attention_heads": 4}, (4, 4)),  # groups keep one of two
+        ("llama", {"num_attention_heads": 8, "hidden_size": 48}, (8, 4)),  # all of them: groups stay
         ("llama", {"num_attention_heads": 2, "num_key_value_heads": 2}, (2, 2)),
         ("gpt2", {"num_attention_heads": 4, "hidden_size": 32}, (4, 4)),  # a group for each query head
         ("gpt2", {"num_key_value_heads": 4, "hidden_size": 32}, (4, 4)),
