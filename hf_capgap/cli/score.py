@@ -114,6 +114,7 @@ def main(argv: Sequence[str]) -> int:
             "next, cut a student",
             [PROG, "cut", options.model, "--scores", options.output, "--target", "40%", "--output_dir", "student"],
         )
+    state.destroy_process_group()
     return OK
 
 

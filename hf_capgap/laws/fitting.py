@@ -193,7 +193,7 @@ class _Problem:
                 np.zeros(root.shape[1]),
                 jac=True,
                 method="L-BFGS-B",
-                options={"maxiter": 100, "maxcor": 20, "ftol": 1e-10, "gtol": 1e-8},
+                options={"maxiter": 100, "maxfun": 300, "maxcor": 20, "ftol": 1e-10, "gtol": 1e-8},
             )
             x = np.clip(x + root @ result.x, self.low, self.high)
             improved = value - result.fun

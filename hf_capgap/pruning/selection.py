@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -229,7 +230,10 @@ def _select_layers(
 
 
 def _explicit_layers(layers: Sequence[int], available: int, count: int, protected: list[int]) -> list[int]:
-    chosen = sorted({int(layer) for layer in layers})
+    try:
+        chosen = sorted({operator.index(layer) for layer in layers})
+    except TypeError as error:
+        raise ShapeError("The layers to keep are indices", found=list(layers)) from error
     if len(chosen) != count or len(layers) != count or not all(0 <= layer < available for layer in chosen):
         raise ShapeError(f"The layers to keep must be {count} different indices below {available}", found=list(layers))
     if not set(protected) <= set(chosen):

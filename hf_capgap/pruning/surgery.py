@@ -121,6 +121,7 @@ def _cut_in_memory(
 ) -> PreTrainedModel:
     _refuse_quantized(model.config)
     family = audit(model)
+    _refuse_offloaded(model)
     plan = _plan(model.config, scores, shape, options)
     check_same_model(scores, fingerprint_of_model(family, model), lineage.public_name(model.name_or_path))
     student = _build_student(model, plan)
@@ -222,6 +223,16 @@ def _refuse_quantized(config: Any) -> None:
             "Quantised weights cannot be cut: rows and columns are packed together",
             found=config.quantization_config,
             fix="Cut the unquantised checkpoint; scores of the quantised model fit it.",
+        )
+
+
+def _refuse_offloaded(model: PreTrainedModel) -> None:
+    offloaded = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if offloaded is not None:
+        raise UnsupportedModelError(
+            "A model whose weights are offloaded cannot be cut in memory",
+            found=offloaded,
+            fix="Cut its folder: cut(path, scores, shape, output_dir=...) needs no memory for the whole model.",
         )
 
 

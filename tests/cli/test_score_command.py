@@ -72,6 +72,16 @@ def test_scores_are_those_of_the_api(score_command, teacher, corpus, tmp_path, u
     assert f"mean over {expected.num_units} {'batches' if unit == 'batch' else 'examples'}, data " in result.out
 
 
+def test_ranks_share_the_batches_out(launch_ranks, monkeypatch, teacher, corpus, tmp_path) -> None:
+    """Two processes give the scores of one on the same text, in one file, and speak once."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    program = Path(sys.executable).with_name("hf-capgap")
+    argv = ("score", teacher, "--output", tmp_path / "scores.safetensors", "--dataset", corpus, *SMALL)
+    output = launch_ranks(program, *argv)
+    assert_same_scores(ExpressiveScores.load(tmp_path / "scores.safetensors"), expected_scores(teacher, corpus))
+    assert output.count("metric: expressive") == 1
+
+
 def test_metrics_of_the_weights_read_no_text(score_command, teacher, tmp_path) -> None:
     result = score_command("--metric", "magnitude", "--dataset", tmp_path / "no such corpus.txt")
     assert result.code == 0, result.err

@@ -190,3 +190,10 @@ def test_scores_of_quantised_weights_cut_the_unquantised_model(make_model, quant
     teacher = make_model(intermediate_size=128)
     student = cut(teacher, scores, solve_shape(teacher.config, "60%"))
     assert student.num_parameters() < 0.7 * teacher.num_parameters()
+
+
+def test_offloaded_model_is_not_cut_in_memory(make_model, tmp_path):
+    scores = score(make_model(), make_batches(1))
+    model = OFFLOADS["two layers on disk"](make_model(), tmp_path / "weights")
+    with pytest.raises(UnsupportedModelError, match="offloaded.*streams|offloaded.*output_dir"):
+        cut(model, scores, solve_shape(model.config, "60%"))

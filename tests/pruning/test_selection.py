@@ -414,3 +414,9 @@ def test_a_damaged_file_is_refused(tmp_path, content):
     (tmp_path / "kept_indices.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"damaged.*kept_indices\.json"):
         Kept.load(tmp_path)
+
+
+def test_layers_that_are_no_integers_are_refused():
+    config = config_of()
+    with pytest.raises(ShapeError, match="indices"):
+        select(random_scores(config), replace(StudentShape.of(config), num_hidden_layers=2), config, layers=[0, 1.7])
