@@ -29,6 +29,7 @@ from hf_capgap import CapGapError, DistillationConfig, DistillationTrainer, prun
 from hf_capgap.cli.arguments import parse_arguments
 from hf_capgap.cli.corpus_options import HeldOutOptions
 from hf_capgap.cli.output import AUTO, prepare_output_dir
+from hf_capgap.cli.ranks import this_rank
 from hf_capgap.cross_entropy import mean_cross_entropy
 from hf_capgap.data import batched, calibration_batches
 from hf_capgap.distillation import load_teacher
@@ -86,7 +87,7 @@ def main() -> None:
     args, corpus = parse_arguments([ScriptArguments, HeldOutOptions], description=__doc__)
     output_dir = prepare_output_dir(args.output_dir, name="prune")
     transformers.set_seed(args.seed)
-    state = PartialState()
+    state = this_rank()
     teacher = load_teacher(args.teacher, {"dtype": args.teacher_dtype}).to(state.device)
     tokenizer = AutoTokenizer.from_pretrained(args.teacher)
     with state.main_process_first():
@@ -138,6 +139,7 @@ def make_distil(
                 save_strategy="no",
                 report_to="none",
                 seed=args.seed,
+                use_cpu=next(teacher.parameters()).device.type == "cpu",  # or several CPU ranks would not be joined
                 dataloader_pin_memory=torch.cuda.is_available(),
             ),
             train_dataset=blocks,

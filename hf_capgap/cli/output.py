@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from ..output import require_empty
+from .ranks import this_rank
 
 AUTO = "auto"
 
@@ -18,11 +18,12 @@ def prepare_output_dir(given: str, *, name: str, overwrite: bool = False) -> Pat
     Raises:
         OutputFolderError: It holds something, and `overwrite` is not set.
     """
+    state = this_rank()
     [chosen] = broadcast_object_list([_first_free(name) if given == AUTO else given])
     output_dir = Path(chosen)
     if not overwrite:
         require_empty(output_dir, fix="Name another --output_dir, or pass --overwrite_output_dir true.")
-    PartialState().wait_for_everyone()
+    state.wait_for_everyone()
     return output_dir
 
 

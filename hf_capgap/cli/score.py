@@ -20,6 +20,7 @@ from .corpus_options import CorpusOptions
 from .main import COMMANDS, OK, PROG
 from .models import QUANTIZATIONS, load_model, load_tokenizer, quantization
 from .printing import print_next, print_scores
+from .ranks import this_rank
 
 SUMMARY = COMMANDS["score"]
 _DESCRIPTION = f"""{SUMMARY}.
@@ -103,7 +104,7 @@ def main(argv: Sequence[str]) -> int:
         positionals=["model"],
     )
     _check_free(options.output, options.overwrite)
-    state = PartialState()
+    state = this_rank()
     model = _load(options, state)
     scores = _score(model, options, corpus, state)
     if state.is_main_process:

@@ -3,12 +3,13 @@
 from .accounting import ModelSize, balanced_cut, measure
 from .book import Laws
 from .capacity import CapacityGapLaw
+from .crossovers import crossover_compute, crossover_tokens
 from .devices import DEVICES, Device
 from .distilled import DistillationLaw
 from .memory import Memory, Precision, training_memory
 from .planner import plan
 from .planning import Plan, PlanSettings
-from .recipes import SCENARIOS, compute_optimal, crossover_compute, crossover_tokens, iso_flop_curves
+from .recipes import SCENARIOS, compute_optimal, iso_flop_curves
 from .records import RunRecord, append_record, read_records, write_records
 from .sizes import ExtrapolationWarning, format_size, parse_size
 from .supervised import SupervisedLaw

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from .book import Laws
+from .crossovers import crossover_tokens
 from .planning import PlanSettings, TeacherRow
-from .recipes import crossover_tokens
 from .sizes import format_size, parse_size
 
 # Predicted losses closer than this fraction are a tie: about the error that the laws leave on runs of their own data.

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
 
 import numpy as np
 
 from ..errors import LawError, PlanError
-from .accounting import ModelSize, balanced_cut
+from .accounting import ModelSize
 from .advice import command_line, explain_disagreement, give_verdict, nearest_to, recommend
 from .book import Laws
-from .candidates import Candidate, find_candidate, find_candidates
+from .candidates import Candidate, find_candidates
 from .devices import device_named
+from .knowledge import Knowledge, Wanted
 from .memory import training_memory
 from .planning import Curve, Interval, Plan, PlanSettings, TeacherRow
 from .published import BUSBRIDGE_DATASET, CHINCHILLA_TOKENS_PER_PARAM
 from .recipes import SCENARIOS
-from .sizes import check_counts, check_losses, format_size, outside, parse_size
+from .sizes import check_counts, format_size, outside, parse_size
 
 _CURVE_SPAN = (0.3, 100.0)  # teacher sizes drawn, as multiples of the student's
 
@@ -57,8 +56,8 @@ def plan(
     if not names:
         raise PlanError("There is no candidate teacher", fix="Name Hub ids or folders with a config.json.")
     tokens = parse_size(num_tokens)
-    wanted = _Student.of(student)
-    knowledge = _Knowledge.of(names, teacher_tokens, teacher_losses)
+    wanted = Wanted.of(student)
+    knowledge = Knowledge.of(names, teacher_tokens, teacher_losses)
     found, rejected = find_candidates(names)
     rows = []
     for candidate in found:
@@ -98,85 +97,8 @@ def plan(
     )
 
 
-@dataclass(frozen=True)
-class _Student:
-    """What was asked for: a number of parameters, or a model of its own."""
-
-    name: str
-    target: float | None
-    size: ModelSize | None
-
-    @classmethod
-    def of(cls, student: str | float | os.PathLike) -> _Student:
-        if isinstance(student, os.PathLike) or (isinstance(student, str) and _is_a_model(student)):
-            candidate = find_candidate(student)
-            return cls(candidate.name, None, candidate.size)
-        target = parse_size(student)
-        return cls(format_size(target), target, None)
-
-    def beside(self, teacher: Candidate) -> ModelSize:
-        return self.size if self.size is not None else balanced_cut(teacher.config, self.target)
-
-    def num_params(self, rows: Sequence[TeacherRow]) -> float:
-        return float(self.target if self.target is not None else self.size.total)
-
-
-def _is_a_model(text: str) -> bool:
-    return os.path.exists(text) or "/" in text or (text[:1].isalpha() and text.lower() not in ("nan", "inf"))
-
-
-@dataclass(frozen=True)
-class _Knowledge:
-    """What the caller knows of the teachers' training."""
-
-    tokens: Mapping[str, float]
-    losses: Mapping[str, float]
-
-    @classmethod
-    def of(
-        cls,
-        names: Sequence[str],
-        tokens: str | float | Mapping[str, str | float] | None,
-        losses: Mapping[str, float] | None,
-    ) -> _Knowledge:
-        if tokens is not None and not isinstance(tokens, Mapping):
-            tokens = dict.fromkeys(names, tokens)
-        tokens, losses = dict(tokens or {}), dict(losses or {})
-        for name in (*tokens, *losses):
-            if name not in names:
-                near = get_close_matches(name, names, n=1)
-                raise PlanError(
-                    "Something is said of a teacher that is not a candidate",
-                    found=name,
-                    fix=f"Did you mean {near[0]}?" if near else f"Candidates: {', '.join(names)}.",
-                )
-        return cls(
-            {name: parse_size(value) for name, value in tokens.items()},
-            {name: float(check_losses(f"The loss of {name}", value)) for name, value in losses.items()},
-        )
-
-    def teacher_loss(self, candidate: Candidate, laws: Laws) -> tuple[Interval, str]:
-        """(loss and between what it may lie, where it comes from)"""
-        name, size = candidate.name, candidate.size
-        if name in self.losses:
-            return Interval(*[self.losses[name]] * 3), "given"
-        ends = (size.active_non_embedding, size.non_embedding)  # which of the two counts is not known
-        if name in self.tokens:
-            losses = laws.supervised.loss(ends, self.tokens[name])
-            source = f"supervised law, {format_size(self.tokens[name])} tokens"
-        else:
-            assumed = CHINCHILLA_TOKENS_PER_PARAM * size.non_embedding
-            losses = laws.supervised.loss([*ends, size.non_embedding], [assumed, assumed, np.inf])
-            source = f"supervised law, {CHINCHILLA_TOKENS_PER_PARAM:.0f} tokens per parameter assumed"
-        return Interval(float(losses[1]), float(min(losses)), float(max(losses))), source
-
-    def teacher_tokens(self, candidate: Candidate) -> float:
-        assumed = CHINCHILLA_TOKENS_PER_PARAM * candidate.size.non_embedding
-        return self.tokens.get(candidate.name, assumed)
-
-
 def _assess(
-    candidate: Candidate, wanted: _Student, num_tokens: float, laws: Laws, settings: PlanSettings, known: _Knowledge
+    candidate: Candidate, wanted: Wanted, num_tokens: float, laws: Laws, settings: PlanSettings, known: Knowledge
 ) -> TeacherRow:
     teacher, student = candidate.size, wanted.beside(candidate)
     scenario, context = SCENARIOS[settings.scenario], settings.block_size
@@ -254,7 +176,7 @@ def _notes(teacher: ModelSize, student: ModelSize, memory_bytes: float, settings
         )
 
 
-def _warnings(rows: Sequence[TeacherRow], wanted: _Student, num_tokens: float, laws: Laws) -> Iterable[str]:
+def _warnings(rows: Sequence[TeacherRow], wanted: Wanted, num_tokens: float, laws: Laws) -> Iterable[str]:
     sizes = [row.student.non_embedding for row in rows]
     yield from outside("The capacity-gap law", laws.capacity_gap.ranges, num_params=wanted.num_params(rows))
     yield from outside("The distillation law", laws.distillation.ranges, num_params=sizes, num_tokens=num_tokens)
