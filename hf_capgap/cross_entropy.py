@@ -13,7 +13,10 @@ from .errors import DataError
 from .labels import IGNORE_INDEX
 from .output_head import OutputHead, head_matches
 
-_LOGIT_BYTES = 16 * 2**20  # of one chunk of logits in float32; a few copies of it exist at a time
+# Of one chunk of logits in float32, of which a few copies exist at a time: a small part of what the weights take,
+# within bounds that keep products efficient.
+_SHARE_OF_WEIGHTS = 1 / 64
+_LOGIT_BYTES = (4 * 2**20, 128 * 2**20)
 
 
 def default_labels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -32,7 +35,10 @@ class NextTokenLoss:
     def __init__(self, model: torch.nn.Module):
         self._model = model
         self._in_chunks = head_matches(model)
-        self._chunk_tokens = max(1, _LOGIT_BYTES // (4 * model.config.vocab_size))
+        weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        lowest, highest = _LOGIT_BYTES
+        logit_bytes = min(max(lowest, int(_SHARE_OF_WEIGHTS * weight_bytes)), highest)
+        self._chunk_tokens = max(1, logit_bytes // (4 * model.config.vocab_size))
 
     def __call__(self, batch: Mapping[str, torch.Tensor], labels: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
         """Sum over the valid targets of `labels` [batch, length] (unshifted), times `weight`; a scalar, in nats."""

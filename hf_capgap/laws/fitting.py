@@ -17,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 from scipy.optimize import minimize
+from scipy.special import chdtri
 
 from ..errors import FitError
 
@@ -109,21 +110,21 @@ def fit_form(
     choices = [[given[name]] if name in given else coefficients[name].starts for name in names]
     starts = np.log(np.array(list(itertools.product(*choices))))
     labels = np.unique(np.arange(len(measured)) if groups is None else groups, return_inverse=True)[1]
-    rng = np.random.default_rng(seed)
+    for_bootstrap, for_folds = np.random.default_rng(seed).spawn(2)
 
     even = np.ones(len(measured))
-    optimum, objective = problem.solve_from_grid(starts, even)
+    found = problem.solve_from_grid(starts, even)
+    optimum, objective = found[0]
     residuals = problem.residuals(optimum)
-    covariance_root = problem.covariance_root(optimum, residuals)
     draws = [
         problem.solve(start, weights, rounds=2)[0]
-        for weights, start in _bootstrap(problem, optimum, covariance_root, labels, num_bootstrap, rng)
+        for weights, start in _bootstrap(problem, _rivals(found, labels), labels, num_bootstrap, for_bootstrap)
     ]
     return Optimum(
         coefficients=np.exp(optimum),
         draws=np.exp(np.array(draws).reshape(num_bootstrap, len(names))),
         residuals=residuals,
-        held_out_residuals=_cross_validate(problem, optimum, labels, num_folds, rng),
+        held_out_residuals=_cross_validate(problem, optimum, labels, num_folds, for_folds),
         objective=objective,
     )
 
@@ -158,8 +159,8 @@ class _Problem:
         value = weights @ losses / total + 0.5 * _WALL * (out @ out)
         return value, np.where(out == 0, gradient, 0.0) + _WALL * out
 
-    def solve_from_grid(self, starts: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, float]:
-        """The best of the most promising starts."""
+    def solve_from_grid(self, starts: np.ndarray, weights: np.ndarray) -> list[tuple[np.ndarray, float]]:
+        """(log coefficients, objective) from each of the most promising starts, best first."""
         scores = []
         for chunk in np.array_split(starts, max(1, len(starts) * len(weights) // 200_000)):
             scaled = (self.form(chunk, gradient=False)[0] - self.log_measured) / self.delta
@@ -167,11 +168,10 @@ class _Problem:
             scores.append((slope * (scaled - 0.5 * slope)) @ weights)
         scores = np.concatenate(scores)
         order = np.argsort(np.where(np.isfinite(scores), scores, np.inf), kind="stable")[:_NUM_POLISHED]
-        found = [self.solve(starts[i], weights) for i in order]
-        best = min(found, key=lambda pair: pair[1] if np.isfinite(pair[1]) else np.inf)
-        if not np.isfinite(best[1]):
+        found = [pair for pair in (self.solve(starts[i], weights) for i in order) if np.isfinite(pair[1])]
+        if not found:
             raise FitError("No start of the fit ended at a finite loss", fix="Check the records' sizes and losses.")
-        return best
+        return sorted(found, key=lambda pair: pair[1])
 
     def solve(self, start: np.ndarray, weights: np.ndarray, rounds: int = 6) -> tuple[np.ndarray, float]:
         """L-BFGS from one start: (log coefficients inside the bounds, objective).
@@ -225,25 +225,33 @@ class _Problem:
         return root
 
 
+def _rivals(found: list[tuple[np.ndarray, float]], labels: np.ndarray) -> list[np.ndarray]:
+    """The optima that the data do not tell from the best one: by the likelihood ratio at `LEVEL`.
+
+    The Huber loss of residuals well above delta is that of a Laplace distribution, whose log likelihood falls by the
+    number of independent points times the log of the ratio of the losses.
+    """
+    best, objective = found[0]
+    largest_ratio = np.exp(chdtri(len(best), 1 - LEVEL) / (2 * (labels.max() + 1)))
+    return [x for x, value in found if value <= objective * largest_ratio]
+
+
 def _bootstrap(
-    problem: _Problem,
-    optimum: np.ndarray,
-    covariance_root: np.ndarray,
-    labels: np.ndarray,
-    num_samples: int,
-    rng: np.random.Generator,
+    problem: _Problem, rivals: list[np.ndarray], labels: np.ndarray, num_samples: int, rng: np.random.Generator
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(weights, start) of each bootstrap sample.
 
-    A start is a draw from the linearised distribution around the optimum. From the optimum itself every sample would
-    stay near it in the directions that the data leave open, and the intervals would claim a knowledge that there is
-    not.
+    A start is a draw from the linearised distribution around the optimum or one of its rivals. From the optimum itself
+    every sample would stay near it in the directions that the data leave open, and the intervals would claim a
+    knowledge that there is not.
     """
     num_groups = labels.max() + 1
+    roots = [problem.covariance_root(x, problem.residuals(x)) for x in rivals]
     for _ in range(num_samples):
         weights = rng.multinomial(num_groups, np.full(num_groups, 1 / num_groups))[labels].astype(float)
-        step = covariance_root @ rng.standard_normal(covariance_root.shape[1])
-        yield weights, np.clip(optimum + step, problem.low, problem.high)
+        i = rng.integers(len(rivals))
+        start = rivals[i] + roots[i] @ rng.standard_normal(roots[i].shape[1])
+        yield weights, np.clip(start, problem.low, problem.high)
 
 
 def _cross_validate(

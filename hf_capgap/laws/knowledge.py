@@ -13,7 +13,7 @@ from ..errors import PlanError
 from .accounting import ModelSize, balanced_cut
 from .book import Laws
 from .candidates import Candidate, find_candidate
-from .planning import Interval, TeacherRow
+from .planning import Interval
 from .published import CHINCHILLA_TOKENS_PER_PARAM
 from .sizes import check_losses, format_size, parse_size
 
@@ -37,7 +37,9 @@ class Wanted:
     def beside(self, teacher: Candidate) -> ModelSize:
         return self.size if self.size is not None else balanced_cut(teacher.config, self.target)
 
-    def num_params(self, rows: Sequence[TeacherRow]) -> float:
+    @property
+    def num_params(self) -> float:
+        """All parameters of the student."""
         return float(self.target if self.target is not None else self.size.total)
 
 

@@ -70,11 +70,11 @@ def plan(
             "No candidate can be used", found="; ".join(f"{name}: {reason}" for name, reason in rejected.items())
         )
     rows.sort(key=lambda row: row.student_loss.value)
-    best_teacher = float(laws.capacity_gap.ratio * wanted.num_params(rows))
+    best_teacher = float(laws.capacity_gap.ratio * wanted.num_params)
     by_gap, chosen = nearest_to(rows, best_teacher), recommend(rows, best_teacher)
     return Plan(
         student=wanted.name,
-        student_params=wanted.num_params(rows),
+        student_params=wanted.num_params,
         num_tokens=tokens,
         best_teacher_params=best_teacher,
         band=(best_teacher / laws.capacity_gap.band_factor, best_teacher * laws.capacity_gap.band_factor),
@@ -86,7 +86,7 @@ def plan(
         verdict=give_verdict(chosen, tokens, laws),
         disagreement=explain_disagreement(by_gap, rows[0], tokens),
         warnings=tuple(_warnings(rows, wanted, tokens, laws)),
-        command=command_line(chosen, wanted.num_params(rows), tokens, settings) if wanted.size is None else None,
+        command=command_line(chosen, wanted.num_params, tokens, settings) if wanted.size is None else None,
         curve=_curve(chosen.student.non_embedding, tokens, laws),
         settings=settings,
         sources={
@@ -178,7 +178,7 @@ def _notes(teacher: ModelSize, student: ModelSize, memory_bytes: float, settings
 
 def _warnings(rows: Sequence[TeacherRow], wanted: Wanted, num_tokens: float, laws: Laws) -> Iterable[str]:
     sizes = [row.student.non_embedding for row in rows]
-    yield from outside("The capacity-gap law", laws.capacity_gap.ranges, num_params=wanted.num_params(rows))
+    yield from outside("The capacity-gap law", laws.capacity_gap.ranges, num_params=wanted.num_params)
     yield from outside("The distillation law", laws.distillation.ranges, num_params=sizes, num_tokens=num_tokens)
     teachers = [row.size.non_embedding for row in rows if row.teacher_loss_source != "given"]
     if teachers:

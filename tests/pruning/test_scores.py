@@ -241,7 +241,7 @@ def test_logits_of_few_tokens_at_a_time_give_the_same_scores(make_model, model_t
     for metric in ("expressive", "taylor"):
         whole = score(model, batches, metric=metric)
         with monkeypatch.context() as patch:
-            patch.setattr(cross_entropy, "_LOGIT_BYTES", 4 * 96 * 5)
+            patch.setattr(cross_entropy, "_LOGIT_BYTES", [4 * 96 * 5] * 2)
             widths.clear()
             chunked = score(model, batches, metric=metric)
         of_tokens = [shape[0] for shape in widths if len(shape) == 2]
