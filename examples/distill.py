@@ -54,7 +54,8 @@ class ScriptArguments:
         default=str(DEMO_TEACHER), metadata={"help": "Teacher: folder or Hub id. The demo's teacher if not given."}
     )
     teacher_dtype: str = field(
-        default="float32", metadata={"help": "Dtype of the teacher: float32, bfloat16, float16 or auto."}
+        default="float32",
+        metadata={"help": "Dtype of the teacher.", "choices": ["float32", "bfloat16", "float16", "auto"]},
     )
     target: str = field(default="40%", metadata={"help": 'Size of the student: "40%%", "2.5x" (smaller), "1.2B", ...'})
     num_hidden_layers: int | None = field(

@@ -34,6 +34,7 @@ from hf_capgap.cross_entropy import mean_cross_entropy
 from hf_capgap.data import batched, calibration_batches
 from hf_capgap.distillation import load_teacher
 from hf_capgap.distillation.record import describe_run
+from hf_capgap.errors import ConfigError
 from hf_capgap.pruning import METRICS, StudentShape
 from hf_capgap.pruning.scores import UNITS
 from hf_capgap.pruning.solver import SPLITS
@@ -51,7 +52,8 @@ class ScriptArguments:
         default=str(DEMO_TEACHER), metadata={"help": "Teacher: folder or Hub id. The demo's teacher if not given."}
     )
     teacher_dtype: str = field(
-        default="float32", metadata={"help": "Dtype of the teacher: float32, bfloat16, float16 or auto."}
+        default="float32",
+        metadata={"help": "Dtype of the teacher.", "choices": ["float32", "bfloat16", "float16", "auto"]},
     )
     target: str = field(default="40%", metadata={"help": 'Size of the student: "40%%", "2.5x" (smaller), "1.2B", ...'})
     num_hidden_layers: int | None = field(
@@ -85,6 +87,8 @@ class ScriptArguments:
 
 def main() -> None:
     args, corpus = parse_arguments([ScriptArguments, HeldOutOptions], description=__doc__)
+    if args.distil_steps < 0:
+        raise ConfigError("Training has at least no steps", found=args.distil_steps, fix="0 trains nothing.")
     output_dir = prepare_output_dir(args.output_dir, name="prune")
     transformers.set_seed(args.seed)
     state = this_rank()

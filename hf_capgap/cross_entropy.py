@@ -77,7 +77,7 @@ def mean_cross_entropy(model: torch.nn.Module, batches: Iterable[Mapping[str, to
     Raises:
         DataError: No target at all.
     """
-    training = model.training
+    training = [(module, module.training) for module in model.modules()]
     model.eval()
     total, num_targets = 0.0, 0
     device = input_device(model)
@@ -90,7 +90,8 @@ def mean_cross_entropy(model: torch.nn.Module, batches: Iterable[Mapping[str, to
             total += float(loss_of(batch, labels))
             num_targets += int((labels[:, 1:] != IGNORE_INDEX).sum())
     finally:
-        model.train(training)
+        for module, was_training in training:
+            module.training = was_training
     if num_targets == 0:
         raise DataError("No batch has a target to evaluate on", fix="Give data whose labels are not all -100.")
     return total / num_targets

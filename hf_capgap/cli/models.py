@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -22,6 +23,9 @@ from ..lineage import hub_commit
 
 QUANTIZATIONS = ("8bit", "4bit")
 
+# An unknown path or id, no network, an unknown model type, a config that its class refuses.
+_LOADING_ERRORS = (OSError, ValueError, StrictDataclassError)
+
 _Loaded = TypeVar("_Loaded")
 
 
@@ -38,7 +42,7 @@ def load_model(name_or_path: str, **options: Any) -> PreTrainedModel:
         raise CheckpointError(
             "A weight file is damaged or truncated", found=f"{name_or_path}: {error}", fix="Download it again."
         ) from error
-    except (OSError, ValueError) as error:  # an unknown path or id, no network, an unknown model type
+    except _LOADING_ERRORS as error:
         raise _does_not_load("model", name_or_path, error) from error
     model.hub_commit = hub_commit(name_or_path, given.get("revision"))
     return model
@@ -80,7 +84,7 @@ def quantization(kind: str | None) -> BitsAndBytesConfig | None:
 def _load(load: Callable[..., _Loaded], what: str, name_or_path: str, revision: str | None) -> _Loaded:
     try:
         return load(name_or_path, revision=revision)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (*_LOADING_ERRORS, KeyError, AttributeError) as error:
         raise _does_not_load(what, name_or_path, error) from error
 
 

@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     )
     picture = answer.plot(args.plot) if args.plot else None
     if args.json:
-        print(json.dumps(answer.to_dict(), indent=2))
+        print(json.dumps(answer.to_dict(), indent=2, allow_nan=False))
     else:
         print_plan(answer)
     if picture is not None:

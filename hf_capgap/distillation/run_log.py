@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,9 +15,10 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .. import lineage
-from ..errors import CapGapError, DataError
+from ..errors import DataError
 from ..labels import IGNORE_INDEX
 from ..laws.records import FILE_NAME, RunRecord, append_record
+from ..laws.sizes import LARGEST_LOSS
 from .fused import fused_token_losses
 from .objective import STATISTICS, token_losses
 from .teachers import LogitsSignal, model_inputs
@@ -33,8 +35,9 @@ class RunLogCallback(TrainerCallback):
 
     The losses are cross-entropies over the evaluation set: the student's from the evaluation at the last step, or from
     one pass more; the teacher's from one pass. A run with `alpha=0` learned from no teacher, and records none. Without
-    an evaluation set, or with several, the losses are left open. What goes wrong here is a warning: the run itself has
-    succeeded.
+    an evaluation set, or with several, the losses are left open. A loss that is not finite, or larger than any
+    cross-entropy can be, is written as that of a run that diverged. What goes wrong here is a warning: the run itself
+    has succeeded.
 
     Args:
         trainer: The trainer that it belongs to.
@@ -55,13 +58,19 @@ class RunLogCallback(TrainerCallback):
         num_tokens = self._trainer.count_tokens()
         if num_tokens == 0:
             return
-        try:
+        try:  # on every rank: what it does together with the others comes before any of them returns
             losses = self._measure(state)
-        except (CapGapError, RuntimeError) as error:
+        except Exception as error:  # the weights are trained, and not yet saved: nothing here is worth losing them
             warnings.warn(f"The losses for {FILE_NAME} could not be measured: {error}", stacklevel=2)
             losses = {"loss": None}
         if not state.is_world_process_zero:
             return
+        try:
+            self._write(args, num_tokens, losses)
+        except Exception as error:
+            warnings.warn(f"The run was not added to {FILE_NAME}: {error}", stacklevel=2)
+
+    def _write(self, args: TrainingArguments, num_tokens: int, losses: dict[str, float | None]) -> None:
         record = RunRecord(
             num_params=self._num_params,
             num_tokens=num_tokens,
@@ -69,7 +78,7 @@ class RunLogCallback(TrainerCallback):
             teacher=None if self._teacher is None else _name_of(self._teacher),
             num_teacher_params=self._num_teacher_params,
             seed=args.seed,
-            **losses,
+            **{name: _or_diverged(loss) for name, loss in losses.items()},
         )
         os.makedirs(args.output_dir, exist_ok=True)
         append_record(os.path.join(args.output_dir, FILE_NAME), record)
@@ -145,6 +154,11 @@ def num_non_embedding(model: torch.nn.Module) -> int:
 
 def _embeddings(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     return (module for module in model.modules() if isinstance(module, torch.nn.Embedding))
+
+
+def _or_diverged(loss: float | None) -> float | None:
+    """NaN for a loss that no model which learned anything has."""
+    return loss if loss is None or loss <= LARGEST_LOSS else math.nan
 
 
 def _name_of(model: PreTrainedModel) -> str:

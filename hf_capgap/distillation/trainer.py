@@ -17,6 +17,7 @@ from ..data import BlockCollator
 from ..errors import ConfigError, DataError, NonFiniteError, TeacherError
 from ..forwarding import run_inside
 from ..labels import IGNORE_INDEX
+from ..laws.records import FILE_NAME
 from ..output import require_empty
 from ..output_head import OutputHead, head_matches
 from . import checks
@@ -71,7 +72,10 @@ class DistillationTrainer(Trainer):
         **kwargs: Any,
     ):
         args = args if args is not None else DistillationConfig()
-        self._output_dir_was_used = os.path.isdir(args.output_dir) and any(Path(args.output_dir).iterdir())
+        self._output_dir_was_used = os.path.isdir(args.output_dir) and any(
+            path.name != FILE_NAME
+            for path in Path(args.output_dir).iterdir()  # a run that saves nothing leaves that
+        )
         if isinstance(model, (str, os.PathLike)):
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):

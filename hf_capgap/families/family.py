@@ -16,6 +16,7 @@ from typing import Any
 from .axes import Dimension
 
 LAYER, EXPERT = "{layer}", "{expert}"
+HEAD = "lm_head.weight"
 
 Config = Any  # a `PreTrainedConfig`, or a mapping as `config.json` holds it
 
@@ -97,6 +98,7 @@ class Family:
         per_layer_fields: Config fields with one entry per layer, sliced when layers are removed.
         follows_hidden: Config fields that repeat the hidden size.
         requires: Conditions without which this table does not describe the model.
+        pinned: Numbers that some configs fix for `rules`, by name: from the family and a config, None if not fixed.
         rules: Conditions on the sizes.
         multiples: Axes whose size must be a multiple of a number.
         scales_embeddings: The model multiplies embeddings by √hidden.
@@ -127,6 +129,7 @@ class Family:
     per_layer_fields: tuple[str, ...] = ("layer_types",)
     follows_hidden: tuple[str, ...] = ()
     requires: tuple[When, ...] = ()
+    pinned: Mapping[str, Callable[[Family, Config], int | None]] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
     multiples: Mapping[str, int] = field(default_factory=dict)
     scales_embeddings: bool = False
@@ -157,7 +160,8 @@ class Family:
         for axis, fallback in fallbacks.items():
             if sizes.get(axis) is None:
                 sizes[axis] = fallback()
-        return sizes
+        pinned = {name: of(self, config) for name, of in self.pinned.items()}
+        return {**sizes, **{name: value for name, value in pinned.items() if value is not None}}
 
     def tied(self, config: Config) -> bool:
         """Whether the output head is the token embedding."""

@@ -33,7 +33,14 @@ GEMMA2 = replace(
     ),
     scales_embeddings=True,
     norm_offset=1.0,
-    defaults={"tie_word_embeddings": True, "num_key_value_heads": 4, "head_dim": 256, "attention_bias": False},
+    defaults={
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "vocab_size": 256_000,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+    },
     tiny_config={
         **LLAMA.tiny_config,
         "sliding_window": 16,
@@ -46,5 +53,6 @@ GEMMA3 = replace(
     GEMMA2,
     model_type="gemma3_text",
     parameters={**GEMMA2.parameters, **HEAD_NORMS},
+    defaults={**GEMMA2.defaults, "vocab_size": 262_208},
     tiny_config={**GEMMA2.tiny_config, "layer_types": ["sliding_attention", "full_attention"] * 2},
 )

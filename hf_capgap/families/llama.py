@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from .family import Branch, Family, Rule, When
+from .family import Branch, Config, Family, Rule, When
 
 LAYER_PREFIX = "model.layers.{layer}."
 QUERIES, KEYS = "q_heads*head_dim", "kv_heads*head_dim"
@@ -185,6 +185,15 @@ OLMO2 = replace(
     tiny_config=_TINY,
 )
 
+
+def _longrope_head_dim(family: Family, config: Config) -> int | None:
+    """hidden_size // heads where a list of rotary factors fixes it (the 128k models)."""
+    rope = family.value(config, "rope_parameters") or family.value(config, "rope_scaling")
+    if not isinstance(rope, Mapping) or "short_factor" not in rope:
+        return None
+    return family.value(config, "hidden_size") // family.value(config, "num_attention_heads")
+
+
 # Queries, keys and values in one projection, gate and up in another.
 PHI3 = replace(
     LLAMA,
@@ -207,7 +216,16 @@ PHI3 = replace(
         Branch(reads="post_attention_layernorm", writes="resid_mlp_dropout"),
     ),
     per_layer_fields=(),
-    rules=(WHOLE_GROUPS, EVEN_HEAD_DIM),
+    pinned={"longrope_head_dim": _longrope_head_dim},
+    rules=(
+        WHOLE_GROUPS,
+        EVEN_HEAD_DIM,
+        Rule(
+            "hidden_size // num_attention_heads must stay what it is (the config class counts the factors of longrope "
+            "by it)",
+            lambda s: s.get("longrope_head_dim") in (None, s["hidden"] // s["q_heads"]),
+        ),
+    ),
     defaults={"tie_word_embeddings": False},
     tiny_config={**_TINY, "sliding_window": 16},
 )

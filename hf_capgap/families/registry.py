@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UnsupportedModelError
 from .experts import MIXTRAL, QWEN3_MOE
-from .family import Config, Family
+from .family import HEAD, Config, Family
 from .gemma import GEMMA2, GEMMA3
 from .gpt import GPT2, GPT_NEOX, OPT
 from .llama import LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3
@@ -67,11 +67,25 @@ def audit(model: torch.nn.Module) -> Family:
     for parameter in family.parameters_of(model.config):
         if parameter.name not in present:
             raise _unsupported(f"The model lacks a parameter of the {family.model_type} table", parameter.name)
+    _check_tie(present, family, model.config)
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name in () if is_quantized(model) else model.state_dict():  # a quantised layer stores its scales as buffers
         if name not in known:
             raise _unsupported(f"The {family.model_type} table has no place for a stored buffer", name)
     return family
+
+
+def _check_tie(present: Mapping[str, torch.nn.Parameter], family: Family, config: Config) -> None:
+    """A checkpoint can hold a head of its own although its config says that the head is the embedding."""
+    head, embedding = present.get(HEAD), present.get(family.lookups[0])
+    if not family.tied(config) or head is None or embedding is None or head.is_meta or embedding.is_meta:
+        return  # tied parameters are listed once; offloading lists them twice
+    if head.shape != embedding.shape or bool((head.to(embedding.device) != embedding).any()):
+        raise _unsupported(
+            "The config says that the output head is the token embedding, but the weights of the two differ: set "
+            "tie_word_embeddings to false in config.json",
+            HEAD,
+        )
 
 
 def is_quantized(model: torch.nn.Module) -> bool:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CapGapError, PlanError
-from ..families import FAMILIES
+from ..families import FAMILIES, family_for
 from .accounting import ModelSize, measure
 
 _CONFIG = "config.json"
 _NUM_THREADS = 16
+_CAN_BE_LEFT_OUT = ("kv_heads", "head_dim", "neurons")  # follow from the other sizes
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,13 @@ def find_candidate(name: str | os.PathLike) -> Candidate:
     """
     name = os.fspath(name)
     config = _read_config(name, _locate(name))
-    return Candidate(name, config, measure(config))
+    _check_sizes(name, config)
+    try:
+        return Candidate(name, config, measure(config))
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:  # layer types that are no list, ...
+        raise PlanError(
+            f"The {_CONFIG} makes no model", found=f"{name}: {type(error).__name__}: {error}", fix="Check its fields."
+        ) from error
 
 
 def _try_to_find(name: str) -> Candidate | CapGapError:
@@ -119,8 +126,31 @@ def _read_config(name: str, path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise PlanError(f"The {_CONFIG} cannot be read", found=f"{name}: {error}") from error
-    if not isinstance(config, dict) or "model_type" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise PlanError(f"The {_CONFIG} is not that of a transformers model", found=name)
     text = config.get("text_config")  # of a model that also sees or hears
-    is_multimodal = config["model_type"] not in FAMILIES and isinstance(text, dict) and "model_type" in text
+    is_multimodal = (
+        config["model_type"] not in FAMILIES and isinstance(text, dict) and isinstance(text.get("model_type"), str)
+    )
     return text if is_multimodal else config
+
+
+def _check_sizes(name: str, config: dict[str, Any]) -> None:
+    family = family_for(config)
+    fields = {axis: (field, family.value(config, field)) for axis, field in family.config_fields.items()}
+    wrong = {
+        field: value
+        for axis, (field, value) in fields.items()
+        if not (_is_count(value) or (value is None and axis in _CAN_BE_LEFT_OUT))
+    }
+    if not wrong:  # what follows from the others
+        wrong = {axis: size for axis, size in family.sizes(config).items() if not _is_count(size)}
+    if wrong:
+        raise PlanError(
+            f"The {_CONFIG} does not say its sizes in positive whole numbers",
+            found=f"{name}: " + ", ".join(f"{field}={value!r}" for field, value in wrong.items()),
+        )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

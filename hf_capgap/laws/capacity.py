@@ -86,7 +86,7 @@ class CapacityGapLaw:
         For each student size and token budget, the student's loss is fitted by a quadratic in the logarithm of the
         teacher's size. Its lowest point counts if it lies between the smallest and the largest teacher, and if the
         curve bends upwards significantly: a one-sided t-test at 5 % over all students, against the scatter around all
-        quadratics (not possible with three runs for each student, which leave no scatter).
+        quadratics. Three runs for each student leave no scatter: no law follows from them.
 
         Args:
             records: `RunRecord`s of one dataset, with `num_teacher_params`; or a file or folder of them.
@@ -95,7 +95,8 @@ class CapacityGapLaw:
 
         Returns:
             A `capacity_fit.CapacityGapFit` with the law, its interval and each student's best teacher; its verdict is
-            "no minimum inside the range" where the runs show none, and then there is no law.
+            "no minimum inside the range" where the runs show none, or that three runs cannot show one, and then there
+            is no law.
 
         Raises:
             FitError: Several datasets, losses that are missing or not finite, or no student with three teachers.

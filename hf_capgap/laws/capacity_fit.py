@@ -8,11 +8,12 @@ import numpy as np
 from scipy.special import stdtrit
 
 from .capacity import CapacityGapLaw
-from .fitting import LEVEL, Coefficient, fit_form
+from .fitting import LEVEL, Coefficient, check_options, fit_form
 from .records import Records, RunRecord, as_records, check_fittable
 from .sizes import format_size
 
 NO_MINIMUM = "no minimum inside the range"
+NO_SCATTER = "three runs leave no scatter to tell a minimum from noise; add a fourth teacher or repeat seeds"
 _FEWEST_TEACHERS = 3  # a quadratic has three coefficients
 _SAME_TOKENS = 1.1  # token counts within this factor are one budget: runs end on whole steps
 _CURVATURE_LEVEL = 0.05  # one-sided significance that a curve must bend upwards with
@@ -62,6 +63,8 @@ class CapacityGapFit:
         """What came out, in one sentence."""
         found = sum(optimum.verdict is None for optimum in self.optima)
         of_all = f"{found} of {len(self.optima)} students"
+        if self.law is None and any(optimum.verdict == NO_SCATTER for optimum in self.optima):
+            return NO_SCATTER
         if self.law is None:
             return f"{NO_MINIMUM} ({of_all}): these runs show no best teacher size"
         interval = "no interval" if self.interval is None else "95 % {:.2f} to {:.2f}".format(*self.interval)
@@ -81,6 +84,7 @@ class CapacityGapFit:
 
 def fit_capacity_gap(records: Records, *, num_bootstrap: int, seed: int) -> CapacityGapFit:
     """See `CapacityGapLaw.fit`."""
+    check_options(num_bootstrap=num_bootstrap)
     used = [record for record in as_records(records) if record.teacher is not None]
     check_fittable(used, ("loss", "num_teacher_params"), _FEWEST_TEACHERS, "the capacity-gap law (one student)")
     curves = [curve for group in _groups(used) if (curve := _Curve.of(group)) is not None]
@@ -137,8 +141,8 @@ class _Curve:
         """[3] coefficients of 1, x, x²."""
         return np.linalg.lstsq(self.design, self.losses if losses is None else losses, rcond=None)[0]
 
-    def optimum(self, least_curvature: float) -> TeacherOptimum:
-        """The lowest point, of a curve that bends upwards by more than `least_curvature`."""
+    def optimum(self, least_curvature: float | None) -> TeacherOptimum:
+        """The lowest point, of a curve that bends upwards by more than `least_curvature`; none if that is None."""
         constant, slope, curvature = self.quadratic()
         verdict = self._objection(slope, curvature, least_curvature)
         lowest = -slope / (2 * curvature) if verdict is None else None
@@ -151,7 +155,7 @@ class _Curve:
             verdict=verdict,
         )
 
-    def _objection(self, slope: float, curvature: float, least_curvature: float) -> str | None:
+    def _objection(self, slope: float, curvature: float, least_curvature: float | None) -> str | None:
         """Why the quadratic shows no best teacher, or None."""
         if curvature <= 0:
             return f"{NO_MINIMUM}: the curve does not bend upwards"
@@ -160,6 +164,8 @@ class _Curve:
             return f"{NO_MINIMUM}: the largest teacher is the best"
         if lowest <= self.log_teachers.min():
             return f"{NO_MINIMUM}: the smallest teacher is the best"
+        if least_curvature is None:
+            return NO_SCATTER
         if curvature <= least_curvature:
             return f"{NO_MINIMUM} that stands out from the noise"
         return None
@@ -198,11 +204,14 @@ def _groups(records: list[RunRecord]) -> list[list[RunRecord]]:
     return groups
 
 
-def _needed_curvatures(curves: list[_Curve]) -> list[float]:
-    """The curvature that chance alone seldom gives each quadratic: a one-sided t-test, Bonferroni over students."""
+def _needed_curvatures(curves: list[_Curve]) -> list[float] | list[None]:
+    """The curvature that chance alone seldom gives each quadratic: a one-sided t-test, Bonferroni over students.
+
+    None where every quadratic goes through all of its runs: then nothing tells how large chance is.
+    """
     num_free = sum(len(curve.losses) - 3 for curve in curves)
     if num_free == 0:
-        return [0.0] * len(curves)
+        return [None] * len(curves)
     variance = sum(np.sum((curve.losses - curve.design @ curve.quadratic()) ** 2) for curve in curves) / num_free
     quantile = stdtrit(num_free, 1 - _CURVATURE_LEVEL / len(curves))
     return [

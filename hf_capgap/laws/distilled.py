@@ -71,6 +71,12 @@ class DistillationLaw(ScalingLaw):
     }
     _published = published.DISTILLATION_COEFFICIENTS
 
+    def __post_init__(self) -> None:
+        is_labelled = self.source is not None
+        super().__post_init__()
+        if not is_labelled and self.supervised.values() != SupervisedLaw().values():
+            object.__setattr__(self, "source", f"{self.source}; on a supervised law given by the caller")
+
     def __call__(self, num_params: ArrayLike, num_tokens: ArrayLike, teacher_loss: ArrayLike) -> np.ndarray:
         """The student's loss in nats per token, float64, of the broadcast shape of the inputs.
 

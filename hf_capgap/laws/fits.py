@@ -153,6 +153,8 @@ def _fit(
             f"{law_type.__name__} has no such coefficient", found=unknown, fix=f"It has {list(law_type.coefficients)}."
         )
     num_free = len(law_type.coefficients) - len(fixed)
+    if num_free == 0:
+        raise FitError("Every coefficient is fixed: nothing is left to fit", fix=f"Call {law_type.__name__} itself.")
     check_fittable(records, ("loss", *inputs), _RECORDS_PER_COEFFICIENT * num_free, f"{purpose} ({num_free} unknowns)")
     columns = {name: np.array([getattr(record, name) for record in records], dtype=float) for name in inputs}
     for name, column in columns.items():

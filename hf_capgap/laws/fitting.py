@@ -96,10 +96,11 @@ def fit_form(
         seed: Of the bootstrap and of the folds.
 
     Raises:
-        FitError: Every start ended where the law is not finite.
+        FitError: Options that cannot be, or every start ended where the law is not finite.
     """
     names = list(coefficients)
     given = fixed or {}
+    check_options(given, huber_delta, num_bootstrap)
     problem = _Problem(
         form=form,
         log_measured=np.log(measured),
@@ -127,6 +128,17 @@ def fit_form(
         held_out_residuals=_cross_validate(problem, optimum, labels, num_folds, for_folds),
         objective=objective,
     )
+
+
+def check_options(
+    fixed: Mapping[str, float] | None = None, huber_delta: float = HUBER_DELTA, num_bootstrap: int = NUM_BOOTSTRAP
+) -> None:
+    """Raises `FitError` for options of a fit that cannot be."""
+    for name, value in {**(fixed or {}), "huber_delta": huber_delta}.items():
+        if not (isinstance(value, (int, float, np.number)) and 0 < value < np.inf):
+            raise FitError(f"{name} must be a positive number", found=repr(value))
+    if not (isinstance(num_bootstrap, (int, np.integer)) and num_bootstrap >= 0):
+        raise FitError("num_bootstrap must be a whole number, 0 or more", found=repr(num_bootstrap))
 
 
 @dataclass(frozen=True)

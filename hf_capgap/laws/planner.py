@@ -25,7 +25,7 @@ _CURVE_SPAN = (0.3, 100.0)  # teacher sizes drawn, as multiples of the student's
 
 def plan(
     student: str | float | os.PathLike,
-    teachers: Sequence[str | os.PathLike],
+    teachers: str | os.PathLike | Sequence[str | os.PathLike],
     num_tokens: str | float,
     *,
     laws: Laws | None = None,
@@ -38,8 +38,8 @@ def plan(
     Args:
         student: All parameters of the student ("3B"), cut out of its teacher in balance; or a model of its own, by Hub
             id or local folder.
-        teachers: Hub ids, or local folders with a `config.json`. Only configs are read, many at the same time. Those
-            that cannot be used are in the plan's `rejected`, each with its reason.
+        teachers: Hub ids, or local folders with a `config.json`; or one of them. Only configs are read, many at the
+            same time. Those that cannot be used are in the plan's `rejected`, each with its reason.
         num_tokens: Tokens to distil on ("100B").
         laws: The laws to go by; the published ones if None.
         teacher_tokens: Tokens that the teachers were trained on: one number, or one by name. Where it is not known,
@@ -52,6 +52,7 @@ def plan(
         LawError: Sizes or losses that cannot be.
     """
     laws, settings = laws or Laws(), settings or PlanSettings()
+    teachers = [teachers] if isinstance(teachers, (str, os.PathLike)) else teachers
     names = [os.fspath(teacher) for teacher in teachers]
     if not names:
         raise PlanError("There is no candidate teacher", fix="Name Hub ids or folders with a config.json.")
@@ -134,7 +135,7 @@ def _assess(
         near_optimal=1 / laws.capacity_gap.band_factor <= distance <= laws.capacity_gap.band_factor,
         teacher_loss=teacher_loss,
         teacher_loss_source=source,
-        student_loss=_student_loss(student.non_embedding, num_tokens, teacher_loss, laws),
+        student_loss=_student_loss(student, num_tokens, teacher_loss, laws),
         supervised_loss=float(laws.supervised.loss(student.non_embedding, num_tokens)),
         supervised_tokens=supervised_tokens,
         supervised_loss_same_compute=float(laws.supervised.loss(student.non_embedding, supervised_tokens)),
@@ -148,10 +149,14 @@ def _assess(
     )
 
 
-def _student_loss(num_params: float, num_tokens: float, teacher: Interval, laws: Laws) -> Interval:
-    """The law is not monotonic in the teacher's loss: its ends over an interval are searched, not computed."""
-    losses = laws.distillation.loss(num_params, num_tokens, np.linspace(teacher.low, teacher.high, 65))
-    value = float(laws.distillation.loss(num_params, num_tokens, teacher.value))
+def _student_loss(student: ModelSize, num_tokens: float, teacher: Interval, laws: Laws) -> Interval:
+    """The law is not monotonic in the teacher's loss: its ends over an interval are searched, not computed.
+
+    Of a mixture it is not known which parameters count, all or the active ones: the interval holds both.
+    """
+    counts = np.array([[student.non_embedding], [student.active_non_embedding]], dtype=float)
+    losses = laws.distillation.loss(counts, num_tokens, np.linspace(teacher.low, teacher.high, 65))
+    value = float(laws.distillation.loss(student.non_embedding, num_tokens, teacher.value))
     return Interval(value, float(min(losses.min(), value)), float(max(losses.max(), value)))
 
 
@@ -165,8 +170,10 @@ def _notes(teacher: ModelSize, student: ModelSize, memory_bytes: float, settings
     if teacher.has_experts:
         yield (
             f"mixture of experts, {format_size(teacher.active)} active: the laws were measured on dense models; all "
-            "its parameters are taken as its size"
+            "its parameters are taken as its size" + ("; the student is a mixture too" if student.has_experts else "")
         )
+    elif student.has_experts:
+        yield f"the student is a mixture of experts, {format_size(student.active)} active: the laws know dense models"
     if teacher.total < student.total:
         yield "smaller than the student: a weak teacher"
     if teacher.vocab != student.vocab:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -67,8 +68,8 @@ class PlanSettings:
         for name in ("num_devices", "block_size", "batch_size", "tokens_per_step", "cache_entries"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} must be at least 1", found=getattr(self, name))
-        if self.price_per_hour is not None and not self.price_per_hour >= 0:
-            raise PlanError("price_per_hour must not be negative", found=self.price_per_hour)
+        if self.price_per_hour is not None and not 0 <= self.price_per_hour < math.inf:
+            raise PlanError("price_per_hour must be finite and must not be negative", found=self.price_per_hour)
         device_named(self.device).hours(0.0, self.utilisation)
 
     @property
@@ -208,8 +209,17 @@ class Plan:
         return next(row for row in self.rows if row.name == name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything in the plan, as plain JSON."""
-        return json.loads(json.dumps(asdict(self)))
+        """Everything in the plan, as plain JSON.
+
+        Raises:
+            PlanError: Settings so extreme that a number overflowed: JSON has no infinity.
+        """
+        try:
+            return json.loads(json.dumps(asdict(self), allow_nan=False))
+        except ValueError as error:
+            raise PlanError(
+                "The plan has numbers that are not finite", fix="Check sizes, price, and utilisation."
+            ) from error
 
     def render(self, width: int | None = None) -> str:
         """The plan as a table and sentences for a terminal, without colours."""

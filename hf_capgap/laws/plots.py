@@ -56,7 +56,9 @@ def plot_plan(plan: Plan, path: str | os.PathLike) -> Path:
         markersize=14,
         label=f"optimum, {format_size(curve.best_teacher_params)}",
     )
-    axes.axvspan(*plan.band, alpha=0.12, color="tab:green", label="near-optimal by the capacity-gap law")
+    axes.axvspan(
+        *band_outside_embeddings(plan), alpha=0.12, color="tab:green", label="near-optimal by the capacity-gap law"
+    )
     for row in plan.rows:
         loss, size = row.student_loss, row.size.non_embedding
         chosen = row.name == plan.recommended
@@ -77,6 +79,13 @@ def plot_plan(plan: Plan, path: str | os.PathLike) -> Path:
     )
     axes.legend(fontsize=8)
     return _save(figure, path)
+
+
+def band_outside_embeddings(plan: Plan) -> tuple[float, float]:
+    """The capacity-gap law's band, which is of all parameters, on an axis without embeddings: by the share that the
+    recommended teacher has outside them."""
+    size = plan.row(plan.recommended).size
+    return tuple(end * size.non_embedding / size.total for end in plan.band)
 
 
 def _save(figure: Any, path: str | os.PathLike) -> Path:

@@ -102,7 +102,7 @@ class IsoFlopCurves:
 
 def forward_flops(num_params: ArrayLike) -> np.ndarray:
     """Forward FLOPs per token, 2 per parameter outside the embeddings: attention's products and the output head are
-    left out (see `compute.forward_flops_per_token` for all of them, from a config)."""
+    left out (see `ModelSize.forward_flops_per_token` for all of them, from a config)."""
     return 2.0 * np.asarray(num_params, dtype=float)
 
 

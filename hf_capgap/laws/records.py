@@ -19,6 +19,7 @@ from .sizes import SMALLEST_COUNT, check_counts, check_losses
 FILE_NAME = "runs.jsonl"
 _COUNTS = ("num_params", "num_tokens", "num_teacher_params", "num_teacher_tokens")
 _LOSSES = ("loss", "teacher_loss")
+_TORN = "A run that was stopped while it wrote leaves half a line: take it out."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,8 @@ class RunRecord:
             together.
 
     Raises:
-        RecordError: Sizes that are negative, not finite or lack their unit, losses that cannot be, no dataset, or
-            facts about a teacher without its name.
+        RecordError: What should be a number and is none (text that spells one is read), sizes that are negative, not
+            finite or lack their unit, losses that cannot be, no dataset, or facts about a teacher without its name.
     """
 
     num_params: float
@@ -55,6 +56,11 @@ class RunRecord:
     run: str | None = None
 
     def __post_init__(self) -> None:
+        for name in (*_COUNTS, *_LOSSES, "seed"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _number(name, getattr(self, name)))
+        if self.seed is not None and not float(self.seed).is_integer():
+            raise RecordError("seed is not a whole number", found=self.seed)
         try:
             for name in _COUNTS:
                 value = getattr(self, name)
@@ -63,7 +69,7 @@ class RunRecord:
                     check_counts(name, value, smallest=0.0 if name.endswith("tokens") else SMALLEST_COUNT)
             for name in _LOSSES:
                 value = getattr(self, name)
-                if value is not None and not _is_nan(value):
+                if value is not None and np.isfinite(value):
                     check_losses(name, value)
         except LawError as error:
             raise RecordError(str(error)) from error
@@ -80,9 +86,10 @@ class RunRecord:
         return value is not None and bool(np.isfinite(value))
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as plain JSON, without what is not known."""
+        """The record as plain JSON, without what is not known; a loss that is not finite as text, "nan"."""
         known = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        return {"loss": None, **known}
+        texts = {name: str(known[name]) for name in _LOSSES if name in known and not np.isfinite(known[name])}
+        return {"loss": None, **known, **texts}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunRecord:
@@ -104,10 +111,16 @@ Records = str | os.PathLike | Iterable[RunRecord]  # a file or folder of records
 
 
 def append_record(path: str | os.PathLike, record: RunRecord) -> None:
-    """Add one line to a JSON Lines file, in one write, so that runs that end together do not mix their lines."""
-    line = json.dumps(record.to_dict()) + "\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    """Add one line to a JSON Lines file, in one write, so that runs that end together do not mix their lines.
+
+    A last line that was not written to its end (a full disk, a kill) is closed first, so that it spoils no other.
+    """
+    line = json.dumps(record.to_dict(), allow_nan=False) + "\n"
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            line = "\n" + line
         os.write(descriptor, line.encode())
     finally:
         os.close(descriptor)
@@ -153,7 +166,7 @@ def write_records(path: str | os.PathLike, records: Sequence[RunRecord]) -> None
         rows = [{name: getattr(record, name) for name in names} for record in records]
         write = lambda: parquet.write_table(pyarrow.Table.from_pylist(rows), partial)  # noqa: E731
     elif path.suffix == ".jsonl":
-        text = "".join(json.dumps(record.to_dict()) + "\n" for record in records)
+        text = "".join(json.dumps(record.to_dict(), allow_nan=False) + "\n" for record in records)
         write = lambda: partial.write_text(text, encoding="utf-8")  # noqa: E731
     else:
         raise _unknown_kind(path)
@@ -213,29 +226,35 @@ def _read_file(path: Path) -> list[RunRecord]:
         rows = _rows(path)
     except OSError as error:
         raise RecordError("The records cannot be read", found=f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{path.name} is not UTF-8 text", found=f"{path}: {error.reason}") from error
     records = []
-    for number, row in enumerate(rows, 1):
+    for number, row in rows:
         try:
             values = json.loads(row) if isinstance(row, str) else row
             if not isinstance(values, dict):
                 raise RecordError("Not a JSON object", found=values)
             records.append(RunRecord.from_dict(values))
         except json.JSONDecodeError as error:
-            raise RecordError(f"Line {number} of {path.name} is not JSON: {error}", found=row[:80]) from error
+            raise RecordError(
+                f"Line {number} of {path.name} is not JSON: {error}", found=row[:80], fix=_TORN
+            ) from error
         except RecordError as error:
             raise RecordError(f"Record {number} of {path.name}: {error}") from error
     return records
 
 
-def _rows(path: Path) -> list[Any]:
+def _rows(path: Path) -> list[tuple[int, Any]]:
+    """(number in the file, from 1; line or dict) of each record."""
     if path.suffix == ".parquet":
         pyarrow, parquet = _pyarrow()
         try:
-            return parquet.read_table(path).to_pylist()
+            return list(enumerate(parquet.read_table(path).to_pylist(), 1))
         except pyarrow.ArrowInvalid as error:
             raise RecordError("The Parquet file is damaged", found=f"{path.name}: {error}") from error
     if path.suffix == ".jsonl":
-        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     raise _unknown_kind(path)
 
 
@@ -247,5 +266,14 @@ def _unknown_kind(path: Path) -> RecordError:
     return RecordError("Not a file of records", found=path.name, fix="Records are in .jsonl or .parquet files.")
 
 
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, (float, np.floating)) and not np.isfinite(value)
+def _number(name: str, value: Any) -> int | float:
+    """A number as Python's own, also out of NumPy or text."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            number = float(value)
+            return number if isinstance(value, str) else value
+        except (ValueError, OverflowError):
+            pass
+    raise RecordError(f"{name} is not a number", found=value, fix='parse_size reads "3B".')

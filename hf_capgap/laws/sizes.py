@@ -18,6 +18,9 @@ _SIZE = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*(?P<unit>[k
 SMALLEST_COUNT = 1_000.0
 # A uniform guess over a million tokens has 13.8 nats: a "loss" above this is another quantity.
 LARGEST_LOSS = 15.0
+# Text has more entropy than this; a loss below it is of a model that saw the answers, or is another quantity.
+SMALLEST_LOSS = 1e-3
+_LARGEST_SIZE = 1e18  # far above any model and any text, far below where products of sizes overflow
 
 
 class ExtrapolationWarning(UserWarning):
@@ -28,14 +31,17 @@ def parse_size(text: str | float) -> float:
     """The number that a size such as `"3B"`, `"350M"`, `"1.5e12"` or `3e9` stands for.
 
     Raises:
-        LawError: Not a size, or one that lacks its unit ("3").
+        LawError: Not a size, one that lacks its unit ("3"), or one above 1e18.
     """
     if isinstance(text, str):
         match = _SIZE.fullmatch(text)
         if match is None:
             raise LawError("Not a size", found=text, fix='Write "3B", "350M", "100B" or a plain number.')
         text = float(match["number"]) * _UNITS[match["unit"].upper()]
-    return float(check_counts("size", text))
+    size = float(check_counts("size", text))
+    if size > _LARGEST_SIZE:
+        raise LawError(f"size is larger than {_LARGEST_SIZE:g}, which no model or text has", found=f"{size:g}")
+    return size
 
 
 def format_size(count: float) -> str:
@@ -68,7 +74,7 @@ def check_losses(name: str, values: ArrayLike) -> np.ndarray:
     """Cross-entropies in nats per token as float64, of the shape given.
 
     Raises:
-        LawError: Not numbers, not finite, not positive, or so large that it is another quantity.
+        LawError: Not numbers, not finite, not positive, or so large or small that it is another quantity.
     """
     array = _numbers(name, values)
     large = array[array > LARGEST_LOSS]
@@ -79,6 +85,9 @@ def check_losses(name: str, values: ArrayLike) -> np.ndarray:
             found=f"{found:g}",
             fix=f"Is it a perplexity? Its cross-entropy is ln({found:g}) = {np.log(found):.3f}.",
         )
+    small = array[array < SMALLEST_LOSS]
+    if small.size:
+        raise LawError(f"{name} is smaller than any cross-entropy of text", found=f"{float(small.flat[0]):g}")
     return array
 
 

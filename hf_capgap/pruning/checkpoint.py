@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,19 +14,21 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .. import lineage
 from ..errors import CheckpointError, UnsupportedModelError
 from ..families import Family, Parameter, family_for
+from ..families.family import HEAD
 from .fingerprint import NUM_ENTRIES, fingerprint
 from .selection import Kept
 from .shapes import StudentShape
 
 SINGLE_FILE, INDEX_FILE, CONFIG_FILE = "model.safetensors", "model.safetensors.index.json", "config.json"
 _WANTED = ["*.json", "model*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
+_TIE_ROWS = 4096
 # Buffers that older versions of transformers stored and today's compute.
 _IGNORED = ("*.rotary_emb.inv_freq", "*.attn.bias", "*.attention.bias", "*.masked_bias")
 
@@ -135,7 +138,10 @@ class Checkpoint:
         except (OSError, ValueError) as error:
             raise CheckpointError("The config is missing or damaged", found=f"{file.name}: {error!r}") from error
         family_for(content)  # before transformers says it in other words
-        return AutoConfig.from_pretrained(self.folder)
+        try:
+            return AutoConfig.from_pretrained(self.folder)
+        except StrictDataclassError as error:
+            raise CheckpointError("The config class refuses the config", found=f"{file.name}: {error}") from error
 
     @cached_property
     def family(self) -> Family:
@@ -144,16 +150,35 @@ class Checkpoint:
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
         """Every tensor that the student may need, by the name that a model knows it by; tied ones once."""
+        wanted = self._in_memory | self._stored
+        unused = [name for name in self._everything if name not in wanted and name != HEAD]
+        if unused:
+            warnings.warn(
+                f"{len(unused)} tensors of the checkpoint belong to no part of this model and are left out: "
+                + ", ".join(sorted(unused)[:3]),
+                stacklevel=2,
+            )
+        return {name: tensor for name, tensor in self._everything.items() if name in wanted}
+
+    @cached_property
+    def _everything(self) -> dict[str, StoredTensor]:
+        """All tensors but old buffers."""
         found = {}
         for file in self._files():
             for key, shape, dtype, itemsize in _read_header(file):
                 name = self._canonical(key)
                 if any(fnmatchcase(key, glob) for glob in _IGNORED) and self.family.explain(name) is None:
                     continue
-                if name == "lm_head.weight" and self.family.tied(self.config):
-                    continue
                 found[name] = StoredTensor(key, file, self._explain(name, shape), dtype, itemsize)
         return found
+
+    @cached_property
+    def _in_memory(self) -> set[str]:
+        return {parameter.name for parameter in self.family.parameters_of(self.config)}
+
+    @cached_property
+    def _stored(self) -> set[str]:
+        return {parameter.name for parameter in self.family.stored_parameters_of(self.config)}
 
     def check_complete(self) -> None:
         """Check that every tensor of the family's table is there, in its shape.
@@ -162,15 +187,27 @@ class Checkpoint:
             CheckpointError: A missing or damaged shard, or a missing tensor.
             UnsupportedModelError: A tensor that the family's table does not explain.
         """
-        in_memory = {parameter.name for parameter in self.family.parameters_of(self.config)}
-        stored = {parameter.name for parameter in self.family.stored_parameters_of(self.config)}
-        missing = min((names - self.tensors.keys() for names in (stored, in_memory)), key=len)
+        missing = min((names - self.tensors.keys() for names in (self._stored, self._in_memory)), key=len)
         if missing:
             raise CheckpointError(
                 f"{len(missing)} tensors are missing in the checkpoint",
                 found=", ".join(sorted(missing)[:3]),
                 fix="Download it again.",
             )
+        self._check_tie()
+
+    def _check_tie(self) -> None:
+        head, embedding = self._everything.get(HEAD), self.tensors[self.family.lookups[0]]
+        if head is None or not self.family.tied(self.config):
+            return
+        num_rows = self.family.sizes(self.config)["vocab"]
+        for start in range(0, num_rows, _TIE_ROWS):
+            if not torch.equal(head.rows(start, start + _TIE_ROWS), embedding.rows(start, start + _TIE_ROWS)):
+                raise UnsupportedModelError(
+                    "The config says that the output head is the token embedding, but the weights of the two differ",
+                    found=head.key,
+                    fix="Set tie_word_embeddings to false in config.json.",
+                )
 
     def fingerprint(self) -> torch.Tensor:
         """See `fingerprint`; experts, which a checkpoint stores one by one, are left out."""
@@ -195,7 +232,7 @@ class Checkpoint:
 
     def _files(self) -> list[Path]:
         index = self.folder / INDEX_FILE
-        if not index.is_file():
+        if (self.folder / SINGLE_FILE).is_file():  # before the index, as `from_pretrained` does
             return [self.folder / SINGLE_FILE]
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -213,7 +250,9 @@ class Checkpoint:
         for theirs, ours in self.family.stored_names:
             if key.startswith(theirs):
                 return ours + key.removeprefix(theirs)
-        return key
+        of_base_model = f"{self.family.layers.partition('.')[0]}.{key}"  # saved without its head
+        is_short = self.family.explain(key) is None and self.family.explain(of_base_model) is not None
+        return of_base_model if is_short else key
 
     def _explain(self, name: str, shape: tuple[int, ...]) -> Parameter:
         parameter = self.family.explain(name)

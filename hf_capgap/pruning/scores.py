@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..errors import ScoresError
+from ..errors import OutputFolderError, ScoresError
 from .fingerprint import share_equal
 
 UNITS = ("batch", "example")
@@ -85,6 +85,9 @@ class ExpressiveScores:
         try:
             save_file(tensors, partial, metadata={"hf_capgap_scores": json.dumps(record)})
             os.replace(partial, path)
+        except SafetensorError as error:
+            partial.unlink(missing_ok=True)
+            raise OutputFolderError("The scores cannot be written", found=f"{path}: {error}") from error
         except BaseException:
             partial.unlink(missing_ok=True)
             raise

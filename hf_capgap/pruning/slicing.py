@@ -8,8 +8,10 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
+from ..errors import ShapeError
 from ..families import Family, Parameter
 from .selection import Kept
 from .shapes import StudentShape
@@ -103,7 +105,10 @@ class TensorCut:
         for name in self.family.per_layer_fields:
             if isinstance(values.get(name), list):
                 values[name] = [values[name][layer] for layer in self.kept.layers]
-        return type(self.config).from_dict(values)
+        try:
+            return type(self.config).from_dict(values)
+        except StrictDataclassError as error:
+            raise ShapeError("The config class refuses this shape", found=f"{self.shape}: {error}") from error
 
 
 def take(tensor: torch.Tensor, indices: list[np.ndarray | None]) -> torch.Tensor:

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
 
+from accelerate.utils import convert_file_size_to_int
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from .. import lineage
 from ..compat import attention_implementation
-from ..errors import UnsupportedModelError
+from ..errors import ConfigError, UnsupportedModelError
 from ..families import audit, family_for
 from ..output import complete_folder, require_empty
 from .checkpoint import Checkpoint, StudentFolder
@@ -94,6 +95,7 @@ def cut(
     """
     if output_dir is not None:
         require_empty(output_dir)
+    _check_shard_size(max_shard_size)
     options = {"layers": layers, "protect_ends": protect_ends}
     if isinstance(model, PreTrainedModel):
         return _cut_in_memory(model, scores, shape, options, output_dir, max_shard_size, source=model.name_or_path)
@@ -165,9 +167,10 @@ def _cut_checkpoint(
         *lineage.read_stages(checkpoint.folder),
         _describe_cut(checkpoint.describe(), plan, scores, options),
     ]
+    config = plan.student_config()  # a refusal comes before the first byte
     with complete_folder(output_dir) as folder:
         write_student(checkpoint, plan, folder, max_shard_size)
-        plan.student_config().save_pretrained(folder)
+        config.save_pretrained(folder)
         with contextlib.suppress(OSError):  # a teacher without generation settings of its own
             _valid_generation_config(GenerationConfig.from_pretrained(checkpoint.folder)).save_pretrained(folder)
         _write_company(folder, plan.kept, stages, str(checkpoint.folder))
@@ -226,6 +229,15 @@ def _refuse_quantized(config: Any) -> None:
         )
 
 
+def _check_shard_size(size: str | int) -> None:
+    try:
+        is_possible = convert_file_size_to_int(size) > 0
+    except (ValueError, TypeError):
+        is_possible = False
+    if not is_possible:
+        raise ConfigError("Not a size of a shard", found=size, fix='Write "5GB", "500MB" or a number of bytes.')
+
+
 def _refuse_offloaded(model: PreTrainedModel) -> None:
     offloaded = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
     if offloaded is not None:
@@ -264,7 +276,10 @@ def _write_company(folder: Path, kept: Kept, stages: list[dict[str, Any]], sourc
     kept.save(folder)
     lineage.write_stages(folder, stages)
     tokenizer = None
-    with contextlib.suppress(OSError, ValueError, KeyError):  # a teacher without a tokenizer beside it
+    try:
         tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # a damaged file raises whatever its parser raises
+        if os.path.isdir(source) and any(Path(source).glob("tokenizer*")):
+            warnings.warn(f"The teacher's tokenizer does not load and is not copied: {error}", stacklevel=5)
     if tokenizer is not None:  # outside: a full disk must not pass for a missing tokenizer
         tokenizer.save_pretrained(folder)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..compat import attention_implementation
 from ..errors import VerificationError
@@ -72,6 +72,7 @@ def verify(
         raise VerificationError(
             "The student does not carry its kept indices", fix="Pass kept=, or the student's folder."
         )
+    _check_kept(kept, model.config, student.config)
     expected = StudentShape.of(student.config).num_parameters(model.config)
     if student.num_parameters() != expected:
         raise VerificationError(f"The shape says {expected:,} parameters", found=f"{student.num_parameters():,}")
@@ -98,6 +99,28 @@ def verify(
                 f"{name} exceeds {tolerance}", found=report, fix="Was the student trained since the cut?"
             )
     return report
+
+
+def _check_kept(kept: Kept, teacher: PreTrainedConfig, student: PreTrainedConfig) -> None:
+    """Raises `VerificationError` if `kept` is not of this teacher and this student."""
+    sizes, shape = family_for(teacher).sizes(teacher), StudentShape.of(student).sizes()
+    if teacher.model_type != student.model_type:
+        raise VerificationError("Not two models of one family", found=(teacher.model_type, student.model_type))
+    units = [("layers", kept.layers), ("hidden", kept.hidden)]
+    try:
+        for layer in kept.layers:
+            experts = kept.experts[layer] if kept.experts is not None else [None]
+            for expert in experts:
+                units += [(axis, of) for axis, of in kept.units(sizes, layer, expert).items() if axis != "hidden"]
+    except (KeyError, IndexError, ValueError) as error:
+        raise VerificationError("The kept indices are incomplete", found=f"{type(error).__name__}: {error}") from error
+    for axis, indices in units:
+        if len(indices) != shape[axis] or not all(0 <= index < sizes[axis] for index in indices):
+            raise VerificationError(
+                f"The kept indices of {axis} are not those of this teacher and this student",
+                found=f"{len(indices)} of {sizes[axis]}, the student has {shape[axis]}",
+                fix="Is this the teacher that the student was cut out of?",
+            )
 
 
 def _in_float32(model: PreTrainedModel) -> PreTrainedModel:

@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 
 from hf_capgap import DistillationConfig, DistillationTrainer, RunRecord
 from hf_capgap.distillation.run_log import num_non_embedding
+from hf_capgap.errors import OutputFolderError
 from hf_capgap.laws import read_records
 
 LENGTH, VOCAB, NUM_ROWS = 16, 96, 12
@@ -153,6 +154,64 @@ def test_an_evaluation_that_fails_is_a_warning_and_the_run_a_success(tmp_path, s
     assert trainer.state.global_step == 3
     [record] = read_records(tmp_path / "out")
     assert record.loss is None
+
+
+@pytest.mark.parametrize("error", [ValueError("odd"), TypeError("odd"), KeyError("odd")])
+def test_whatever_fails_in_measuring_is_a_warning(tmp_path, student, blocks, error) -> None:
+    trainer = make_trainer(tmp_path / "out", student, None, blocks, alpha=0.0)
+
+    def fail(*_: Any) -> None:
+        if not torch.is_grad_enabled():  # in the pass over the evaluation set
+            raise error
+
+    student.base_model.register_forward_hook(fail)
+    with pytest.warns(UserWarning, match="could not be measured.*odd"):
+        trainer.train()
+    [record] = read_records(tmp_path / "out")
+    assert record.loss is None
+
+
+def test_a_record_that_cannot_be_written_is_a_warning(tmp_path, student, blocks) -> None:
+    (tmp_path / "out" / "runs.jsonl").mkdir(parents=True)
+    with pytest.warns(UserWarning, match=r"not added to runs\.jsonl"):
+        trainer = run(tmp_path / "out", student, None, blocks, alpha=0.0)
+    assert trainer.state.global_step == 3
+
+
+def test_a_model_too_small_for_any_law_leaves_no_line(tmp_path, make_model, blocks) -> None:
+    tiny = make_model(
+        "llama",
+        hidden_size=4,
+        intermediate_size=4,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=4,
+        num_hidden_layers=1,
+    )
+    assert num_non_embedding(tiny) < 1000
+    with pytest.warns(UserWarning, match=r"not added to runs\.jsonl.*num_params is less than 1,000"):
+        trainer = run(tmp_path / "out", tiny, None, blocks, alpha=0.0)
+    assert trainer.state.global_step == 3
+    assert not (tmp_path / "out" / "runs.jsonl").exists()
+
+
+def test_a_finite_loss_that_no_model_has_is_that_of_a_diverged_run(tmp_path, student, blocks) -> None:
+    with torch.no_grad():
+        student.get_output_embeddings().weight.mul_(1e4)
+    run(tmp_path / "out", student, None, blocks, alpha=0.0, learning_rate=0.0)
+    assert 15 < cross_entropy(student, blocks) < math.inf
+    [record] = read_records(tmp_path / "out")
+    assert math.isnan(record.loss)
+    assert json.loads((tmp_path / "out" / "runs.jsonl").read_text())["loss"] == "nan"
+
+
+def test_a_folder_that_holds_only_records_takes_another_run(tmp_path, student, blocks) -> None:
+    for _ in range(2):
+        run(tmp_path / "out", student, None, blocks, alpha=0.0)
+    assert len(read_records(tmp_path / "out")) == 2
+    (tmp_path / "out" / "notes.txt").touch()
+    with pytest.raises(OutputFolderError, match="not empty"):
+        run(tmp_path / "out", student, None, blocks, alpha=0.0)
 
 
 def test_it_can_be_switched_off(tmp_path, student, teacher, blocks) -> None:

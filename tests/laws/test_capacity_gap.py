@@ -138,11 +138,44 @@ def test_token_budgets_of_one_student_are_separate_curves() -> None:
     assert fit.law.ratio == pytest.approx(2.5, rel=1e-6)
 
 
-def test_three_runs_leave_nothing_to_resample() -> None:
-    fit = CapacityGapLaw.fit(make_records(with_gap(2.5), students=(1e9,), teachers=(1e9, 2e9, 8e9)))
+@pytest.mark.parametrize("students", [(1e9,), (8e8, 1e9, 1.2e9)])
+def test_three_runs_for_each_student_claim_no_law_whatever_they_show(students: tuple[float, ...]) -> None:
+    three = {"students": students, "teachers": (1e9, 2e9, 8e9)}
+    for records in (make_records(with_gap(2.5), **three), make_records(lambda *_: 2.5, noise=0.01, seed=3, **three)):
+        fit = CapacityGapLaw.fit(records)
+        assert fit.law is fit.interval is None
+        assert "leave no scatter" in fit.verdict
+        assert "add a fourth teacher or repeat seeds" in fit.verdict
+
+
+def test_noise_under_three_teachers_never_becomes_a_law() -> None:
+    three = {"students": (1e9,), "teachers": (1e9, 2e9, 8e9)}
+    fits = [CapacityGapLaw.fit(make_records(lambda *_: 2.5, noise=0.01, seed=i, **three)) for i in range(20)]
+    assert all(fit.law is None for fit in fits)
+    # Before the scatter is asked for, chance shows a minimum to some of them.
+    assert any("leave no scatter" in fit.verdict for fit in fits)
+
+
+def test_other_seeds_under_three_teachers_give_the_scatter() -> None:
+    three = {"students": (1e9,), "teachers": (1e9, 2e9, 8e9), "noise": 1e-4}
+    records = [record for seed in (0, 1) for record in make_records(with_gap(2.5), seed=seed, **three)]
+    assert CapacityGapLaw.fit(records, num_bootstrap=20).law.ratio == pytest.approx(2.5, rel=0.05)
+
+
+def test_three_runs_among_students_with_more_leave_nothing_to_resample() -> None:
+    """The scatter is the other student's, whose own runs show no minimum."""
+    records = make_records(with_gap(2.5), students=(1e9,), teachers=(1e9, 2e9, 8e9))
+    records += make_records(lambda student, teacher: 3 - 0.05 * math.log(teacher / student), students=(3e9,))
+    fit = CapacityGapLaw.fit(records)
     assert fit.law.ratio == pytest.approx(2.5, rel=1e-6)
     assert fit.interval is None
     assert "no interval" in fit.verdict
+
+
+def test_a_number_of_samples_that_cannot_be() -> None:
+    for number in (-1, 2.5, "many"):
+        with pytest.raises(FitError, match="num_bootstrap"):
+            CapacityGapLaw.fit(make_records(with_gap(2.5)), num_bootstrap=number)
 
 
 def test_bad_records_are_refused() -> None:

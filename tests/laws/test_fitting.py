@@ -259,3 +259,21 @@ def test_residual_plots(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["residuals.png"]
     with pytest.raises(ValueError, match="Not an image file"):
         fit.plot(tmp_path / "residuals.txt")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fixed": {"gamma": -1.0}}, "gamma must be a positive number"),
+        ({"fixed": {"gamma": "1"}}, "gamma must be a positive number"),
+        ({"fixed": {"gamma": math.nan}}, "gamma must be a positive number"),
+        ({"fixed": SupervisedLaw().values()}, "nothing is left to fit"),
+        ({"huber_delta": 0.0}, "huber_delta must be a positive number"),
+        ({"num_bootstrap": -1}, "num_bootstrap must be a whole number"),
+        ({"num_bootstrap": 1.5}, "num_bootstrap must be a whole number"),
+    ],
+)
+def test_options_of_a_fit_that_cannot_be(options: dict, message: str) -> None:
+    records = supervised_records(SupervisedLaw(), 40, 0.005, seed=0)
+    with pytest.raises(FitError, match=message):
+        SupervisedLaw.fit(records, **options)

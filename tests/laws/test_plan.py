@@ -21,6 +21,7 @@ from hf_capgap.cli.plan import main
 from hf_capgap.errors import CapGapError, LawError, PlanError
 from hf_capgap.laws import Laws, PlanSettings, balanced_cut, measure, training_memory
 from hf_capgap.laws.advice import TIE
+from hf_capgap.laws.plots import band_outside_embeddings
 
 REPOSITORY = Path(__file__).parent.parent.parent
 # The configs of Qwen3-4B, -8B, -14B and of Llama 3.1 8B, as far as they matter here.
@@ -214,9 +215,60 @@ def test_experts_are_priced_by_what_is_active_and_noted(models: Path) -> None:
     assert row.flops["teacher_inference"] < 0.4 * 2 * row.size.total * 100e9
     assert row.teacher_loss.low < row.teacher_loss.value < row.teacher_loss.high
     assert "mixture of experts, 12.9B active" in row.notes[-1]
+    assert "the student is a mixture too" in row.notes[-1]
+
+
+def test_the_loss_of_a_mixture_student_spans_both_counts_of_its_parameters(models: Path) -> None:
+    row = plan("3B", ["mixtral"], "100B", teacher_losses={"mixtral": 2.0}).rows[0]
+    assert row.student.active_non_embedding < row.student.non_embedding
+    law = DistillationLaw()
+    by_all, by_active = (
+        float(law.loss(count, 1e11, 2.0)) for count in (row.student.non_embedding, row.student.active_non_embedding)
+    )
+    assert row.student_loss.value == row.student_loss.low == pytest.approx(by_all)
+    assert row.student_loss.high == pytest.approx(by_active)
+    assert by_active > by_all
+    note = " ".join(plan("mixtral", ["qwen-8b"], "100B").rows[0].notes)
+    assert "the student is a mixture of experts, 12.9B active" in note
+
+
+def test_one_teacher_needs_no_list(models: Path) -> None:
+    for teacher in ("qwen-8b", Path("qwen-8b")):
+        assert plan("3B", teacher, "100B") == plan("3B", ["qwen-8b"], "100B")
 
 
 # ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"hidden_size": None}, "hidden_size=None"),
+        ({"hidden_size": "4096"}, "hidden_size='4096'"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0"),
+        ({"num_key_value_heads": -8}, "num_key_value_heads=-8"),
+        ({"num_hidden_layers": 1.5, "vocab_size": [1]}, r"num_hidden_layers=1.5, vocab_size=\[1\]|vocab_size=\[1\], "),
+        ({"head_dim": None, "hidden_size": 8}, "head_dim=0"),
+        ({"layer_types": 3, "sliding_window": 8}, "makes no model.*TypeError"),
+        ({"model_type": ["qwen3"]}, "not that of a transformers model"),
+        ({"model_type": "seen", "text_config": {"model_type": {}}}, "seen"),
+    ],
+)
+def test_one_odd_config_is_left_out_and_the_others_are_planned(models: Path, change: dict, reason: str) -> None:
+    write_config(models / "odd", {**CONFIGS["qwen-8b"], **change})
+    answer = plan("3B", ["odd", "qwen-8b"], "100B")
+    assert [row.name for row in answer.rows] == ["qwen-8b"]
+    with pytest.raises(PlanError, match=f"No candidate can be used.*{reason}"):
+        plan("3B", ["odd"], "100B")
+    with pytest.raises(CapGapError, match=reason):
+        plan("odd/", ["qwen-8b"], "100B")  # as the student
+
+
+def test_gemma_3_4b_says_little_and_is_known(models: Path) -> None:
+    """Its text config leaves out vocabulary and heads; 3.88B parameters without the vision tower."""
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34}
+    write_config(models / "gemma", {"model_type": "gemma3", "text_config": {**text, "sliding_window": 1024}})
+    assert plan("1B", ["gemma"], "100B").rows[0].size.total == 3_880_263_168
 
 
 def test_bad_candidates_are_left_out_each_with_its_reason(models: Path) -> None:
@@ -252,6 +304,7 @@ def test_bad_candidates_are_left_out_each_with_its_reason(models: Path) -> None:
         ((math.nan, ["qwen-8b"], "100B"), "not finite"),
         (("3B", ["qwen-8b"], "100"), r"Did you mean 100e9 \(100B\)"),
         (("3B", ["qwen-8b"], "lots"), "Not a size"),
+        (("3B", ["qwen-8b"], "1e300"), r"larger than 1e\+18"),
         (("3B", [], "100B"), "no candidate teacher"),
     ],
 )
@@ -277,6 +330,8 @@ def test_facts_about_strangers_and_impossible_facts(models: Path) -> None:
         ("utilisation", 40, "fraction of the peak speed"),
         ("num_devices", 0, "at least 1"),
         ("price_per_hour", -1.0, "not be negative"),
+        ("price_per_hour", math.inf, "finite"),
+        ("price_per_hour", math.nan, "finite"),
     ],
 )
 def test_bad_settings(option: str, value: Any, message: str) -> None:
@@ -314,6 +369,10 @@ def test_the_picture(models: Path) -> None:
     assert Path("plan.png").read_bytes().startswith(b"\x89PNG")
     lowest = int(np.argmin(answer.curve.student_loss))
     assert answer.curve.teacher_params[lowest] == answer.curve.best_teacher_params
+    size = answer.rows[0].size
+    assert band_outside_embeddings(answer) == pytest.approx(
+        [end * size.non_embedding / size.total for end in (3.75e9, 15e9)]
+    )
     with pytest.raises(PlanError, match="Not an image file.*png"):
         answer.plot("plan.doc")
 
@@ -337,6 +396,14 @@ def test_the_command_prints_a_table_or_json(models: Path, capsys: pytest.Capture
         settings=PlanSettings(device="A100"),
     )
     assert printed == expected.to_dict()
+
+
+def test_numbers_that_overflow_are_refused_and_not_printed_as_infinity(models: Path) -> None:
+    settings = PlanSettings(price_per_hour=1e308)
+    with pytest.raises(PlanError, match="not finite"):
+        plan("3B", ["qwen-8b"], "100B", settings=settings).to_dict()
+    with pytest.raises(LawError, match="smaller than any cross-entropy"):
+        plan("3B", ["qwen-8b"], "100B", teacher_losses={"qwen-8b": 1e-300})
 
 
 def test_the_command_says_which_candidates_it_left_out(models: Path, capsys: pytest.CaptureFixture[str]) -> None:

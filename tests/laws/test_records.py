@@ -9,6 +9,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hf_capgap import RunRecord
@@ -81,6 +82,13 @@ def test_runs_that_end_together_do_not_mix_their_lines(tmp_path: Path) -> None:
         ({"num_tokens": math.inf}, "num_tokens is not finite"),
         ({"loss": -2.5}, "loss must be positive"),
         ({"loss": 24.8}, "perplexity"),
+        ({"loss": 1e-4}, "loss is smaller than any cross-entropy"),
+        ({"loss": True}, "loss is not a number"),
+        ({"loss": "low"}, "loss is not a number"),
+        ({"num_params": [1e9]}, "num_params is not a number"),
+        ({"num_params": 10**400}, "num_params is not a number"),
+        ({"seed": "first"}, "seed is not a number"),
+        ({"seed": 0.5}, "seed is not a whole number"),
         ({"dataset": " "}, "which data"),
         ({"dataset": None}, "which data"),
         ({"teacher_loss": 2.0}, r"a teacher without naming it.*teacher_loss"),
@@ -110,6 +118,46 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str, message: str) -> Non
     path.write_text(json.dumps(SUPERVISED.to_dict()) + f"\n{line}\n")
     with pytest.raises(RecordError, match=message):
         read_records(path)
+
+
+def test_numbers_given_as_text_or_numpy_become_numbers() -> None:
+    record = RunRecord(num_params="1e9", num_tokens=np.float32(2e10), loss="2.5", dataset="C4", seed="3")
+    assert (record.num_params, record.loss, record.seed) == (1e9, 2.5, 3)
+    assert isinstance(record.num_params, float)
+    assert json.loads(json.dumps(record.to_dict()))["num_tokens"] == pytest.approx(2e10)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_diverged_loss_is_valid_json_and_comes_back(tmp_path: Path, loss: float) -> None:
+    def refuse(token: str) -> None:
+        raise AssertionError(f"{token} is not JSON")
+
+    record = RunRecord(num_params=1e9, num_tokens=2e10, loss=loss, dataset="C4", teacher="t", teacher_loss=loss)
+    write_records(tmp_path / "written.jsonl", [record])
+    append_record(tmp_path / "appended.jsonl", record)
+    for name in ("written", "appended"):
+        line = (tmp_path / f"{name}.jsonl").read_text()
+        assert json.loads(line, parse_constant=refuse)["loss"] == str(loss)
+        assert same(*read_records(tmp_path / f"{name}.jsonl"), record)
+
+
+def test_a_torn_last_line_is_named_and_spoils_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    append_record(path, SUPERVISED)
+    whole = path.read_text()
+    path.write_text(whole + "\n" + whole[:20])
+    append_record(path, DISTILLED)
+    with pytest.raises(RecordError, match="Line 3 of runs.jsonl is not JSON.*stopped while it wrote"):
+        read_records(path)
+    lines = path.read_text().split("\n")
+    path.write_text("\n".join(line for line in lines if line != whole[:20]))
+    assert read_records(path) == [SUPERVISED, DISTILLED]
+
+
+def test_files_that_are_not_text(tmp_path: Path) -> None:
+    (tmp_path / "runs.jsonl").write_bytes(b'{"dataset": "caf\xe9"}\n')
+    with pytest.raises(RecordError, match="runs.jsonl is not UTF-8"):
+        read_records(tmp_path)
 
 
 def test_files_that_are_not_records(tmp_path: Path) -> None:

@@ -237,3 +237,11 @@ def test_what_is_no_size(text: object) -> None:
 )
 def test_sizes_are_written_with_three_digits(count: float, text: str) -> None:
     assert format_size(count) == text
+
+
+def test_the_source_says_whose_supervised_law_it_builds_on() -> None:
+    published, mine = DistillationLaw(), DistillationLaw(supervised=SupervisedLaw(E=1.0))
+    assert "given by the caller" not in published.source
+    assert mine.source.startswith(published.source)
+    assert "supervised law given by the caller" in mine.source
+    assert DistillationLaw(supervised=SupervisedLaw(E=1.0), source="mine").source == "mine"

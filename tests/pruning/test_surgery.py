@@ -346,8 +346,12 @@ def test_verify_notices_nan_and_a_wrong_parameter_count(make_model):
     with pytest.raises(VerificationError, match="masked_difference"):
         verify(teacher, student)
     student = cut(teacher, random_scores(teacher.config), smaller_everywhere(teacher.config))
-    student.config.intermediate_size += 1
+    student.register_parameter("extra", torch.nn.Parameter(torch.zeros(3)))
     with pytest.raises(VerificationError, match="parameters"):
+        verify(teacher, student)
+    student = cut(teacher, random_scores(teacher.config), smaller_everywhere(teacher.config))
+    student.config.intermediate_size += 1
+    with pytest.raises(VerificationError, match="neurons"):
         verify(teacher, student)
 
 
