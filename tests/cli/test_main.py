@@ -173,6 +173,6 @@ def test_ctrl_c_ends_with_130_and_leaves_no_file(make_model, make_tokenizer, tmp
     process.send_signal(signal.SIGINT)
     _, rest = process.communicate(timeout=60)
     assert process.returncode == 130, (seen + rest).decode()
-    assert rest.rstrip().endswith(b"interrupted")
+    assert b"interrupted\n" in rest  # the progress bar may still draw itself behind it
     assert b"Traceback" not in rest
     assert not list(tmp_path.glob("scores*"))
